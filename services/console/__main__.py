@@ -38,9 +38,8 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
     feed = Feed(context.bus, context.roster, settings.run)
     # Without a store there are no cards and no bytes to verify.
     store = context.store if settings.s3_access_key or settings.s3_credentials != "keys" else None
-    figures = ExpertFigures(store, feed.move)
+    figures, trial = ExpertFigures(store, feed.move), trial_of(settings)
     access = access_of(settings, context.roster, context.bus.identity, token)
-    trial = trial_of(settings)
     console = Console(feed, access, Artifacts(store), figures, trial, secure_cookie=settings.console_secure_cookie)
     config = uvicorn.Config(
         console.app(), log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
@@ -61,6 +60,7 @@ async def main(context: ServiceContext[ConsoleSettings]) -> None:
                 server.should_exit = True
                 await asyncio.wait((serving,), timeout=settings.drain_seconds)
     finally:
+        trial.close()
         await figures.close()
         listener.close()
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
+import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -17,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from connito.errors import Invalid, Retry
-from connito.runtime.tasks import end_tasks
 
 SIDES = ("base", "expert")
 MAX_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 64 << 10, 1 << 20
@@ -76,16 +78,35 @@ async def as_events(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
     yield "event: end\ndata:\n\n"
 
 
-@dataclass(frozen=True)
-class _Answer:
-    line: socket.socket
-    body: HTTPResponse
+class _Line:
+    """A connection in the hand of a thread, which anybody may cut: what the thread waits for then ends at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._cut = threading.Lock(), False
+        self._socket: socket.socket | None = None
+
+    def hold(self, line: socket.socket) -> None:
+        """Make known what is to be cut. Raises `ConnectionAbortedError` where it was cut before."""
+        with self._lock:
+            self._socket = line
+            if self._cut:
+                raise ConnectionAbortedError("nobody waits any more")
 
     def cut(self) -> None:
         """End it, also under a thread that reads: the server then computes no more."""
-        with suppress(OSError):
-            self.line.shutdown(socket.SHUT_RDWR)
-        self.line.close()
+        with self._lock:
+            self._cut = True
+            if self._socket is not None:
+                # Not closed: its number could be another's by the time the thread looks.
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End it and give the socket back; its thread does."""
+        self.cut()
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
 
 
 class Trial:
@@ -94,7 +115,19 @@ class Trial:
     def __init__(self, url: str = "", key: str = "") -> None:
         self._parts, self.url = urlsplit(url), url.rstrip("/")
         self._key, self._running = key, 0
+        self._tls = ssl.create_default_context() if self._parts.scheme == "https" else None
         self._names: tuple[float, list[str]] = (0.0, [])
+        # Not asyncio's threads: whoever waits for this server holds up nothing else, and all tries find a thread.
+        self._sides = ThreadPoolExecutor(len(SIDES) * AT_ONCE, "try")
+        self._asking = ThreadPoolExecutor(1, "models")
+        self._lines: set[_Line] = set()
+
+    def close(self) -> None:
+        """Cut what is under way, and wait for nothing."""
+        for line in list(self._lines):
+            line.cut()
+        for pool in (self._sides, self._asking):
+            pool.shutdown(wait=False)
 
     async def offer(self, expert: str) -> Offer:
         """Return how the server names an expert and its base."""
@@ -118,18 +151,32 @@ class Trial:
         if self._running >= AT_ONCE:
             raise Retry("Others are trying experts at this moment; try again in a minute.")
         self._running += 1
-        queue: asyncio.Queue[Piece | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._side(side, offer.models[side], asked, queue)) for side in SIDES]
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
+
+        def put(piece: Piece | None) -> None:
+            with suppress(RuntimeError):  # the console has ended
+                loop.call_soon_threadsafe(queue.put_nowait, piece)
+
+        lines = {side: _Line() for side in SIDES}
+        works = [
+            loop.run_in_executor(self._sides, self._side, side, offer.models[side], asked, line, put)
+            for side, line in lines.items()
+        ]
+        # Also where the reader has left: threads that still wait for a name or an address to answer are not free.
+        asyncio.gather(*works, return_exceptions=True).add_done_callback(self._free)
         try:
-            left = len(tasks)
+            left = len(works)
             while left:
                 if (piece := await queue.get()) is None:
                     left -= 1
                 else:
                     yield piece
         finally:
-            self._running -= 1
-            await end_tasks(tasks)
+            for line in lines.values():
+                line.cut()
+
+    def _free(self, _: object) -> None:
+        self._running -= 1
 
     async def answers(self, offer: Offer, asked: Asked) -> dict[str, Piece]:
         """Return both answers in whole."""
@@ -142,7 +189,7 @@ class Trial:
     async def _models(self) -> list[str]:
         asked_at, names = self._names
         if time.monotonic() - asked_at > FRESH_SECONDS:
-            document = await asyncio.to_thread(self._whole, "/models")
+            document = await asyncio.get_running_loop().run_in_executor(self._asking, self._whole, "/models")
             try:
                 names = [str(entry["id"]) for entry in document["data"]]
             except (TypeError, KeyError) as error:
@@ -151,45 +198,47 @@ class Trial:
         return names
 
     def _whole(self, path: str) -> Any:
-        answer = self._open("GET", path, None, ASK_SECONDS)
+        line = _Line()
+        self._lines.add(line)
         try:
-            return json.loads(answer.body.read(MAX_LINE))
+            return json.loads(self._open(line, "GET", path, None, ASK_SECONDS).read(MAX_LINE))
         except (OSError, HTTPException, ValueError) as error:
             raise self._other(error) from error
         finally:
-            answer.cut()
+            self._lines.discard(line)
+            line.close()
 
-    async def _side(self, side: str, model: str, asked: Asked, queue: asyncio.Queue[Piece | None]) -> None:
+    def _side(self, side: str, model: str, asked: Asked, line: _Line, put: Callable[[Piece | None], None]) -> None:
+        """Put one side's pieces, then None; in a thread of its own."""
+        self._lines.add(line)
         try:
-            async with aclosing(self._texts(model, asked)) as texts:
-                async for text in texts:
-                    queue.put_nowait(Piece(side, text))
+            for text in self._texts(model, asked, line):
+                put(Piece(side, text))
         except (Invalid, Retry) as error:
-            queue.put_nowait(Piece(side, problem=str(error)))
+            put(Piece(side, problem=str(error)))
         finally:
-            queue.put_nowait(None)
+            self._lines.discard(line)
+            line.close()
+            put(None)
 
-    async def _texts(self, model: str, asked: Asked) -> AsyncGenerator[str]:
+    def _texts(self, model: str, asked: Asked, line: _Line) -> Iterator[str]:
         body = {
             "model": model, "prompt": asked.text, "max_tokens": asked.tokens, "stream": True,
             **({"temperature": 0.8, "top_p": 0.95} if asked.drawn else {"temperature": 0}),
         }  # fmt: skip
-        answer = await asyncio.to_thread(self._open, "POST", "/completions", body, ANSWER_SECONDS)
-        try:
-            while line := await asyncio.to_thread(self._line, answer):
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                document = self._read(line.removeprefix(b"data: "))
-                if error := document.get("error"):
-                    raise Invalid(str(error.get("message", error)))
-                for choice in document.get("choices", ()):
-                    yield str(choice.get("text", ""))
-        finally:
-            answer.cut()
+        answer = self._open(line, "POST", "/completions", body, ANSWER_SECONDS)
+        while said := self._line(answer):
+            if not said.startswith(b"data: ") or said.startswith(b"data: [DONE]"):
+                continue
+            document = self._read(said.removeprefix(b"data: "))
+            if error := document.get("error"):
+                raise Invalid(str(error.get("message", error)))
+            for choice in document.get("choices", ()):
+                yield str(choice.get("text", ""))
 
-    def _line(self, answer: _Answer) -> bytes:
+    def _line(self, answer: HTTPResponse) -> bytes:
         try:
-            return answer.body.readline(MAX_LINE)
+            return answer.readline(MAX_LINE)
         except (OSError, HTTPException, ValueError) as error:
             raise self._away(error) from error
 
@@ -202,30 +251,43 @@ class Trial:
             raise self._other(TypeError(type(found).__name__))
         return found
 
-    def _open(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> _Answer:
+    def _open(
+        self, line: _Line, method: str, path: str, body: Mapping[str, Any] | None, seconds: float
+    ) -> HTTPResponse:
         """Ask, and return the answer to be read. Raises `Retry` where nobody answers, `Invalid` with what a refusal says."""
-        kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
         try:
-            connection = kind(self._parts.hostname or "", self._parts.port, timeout=seconds)
-            connection.connect()
-            line = connection.sock
-            data = None if body is None else json.dumps(body).encode()
+            connection = self._connect(line, seconds)
             connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
-            answer = _Answer(line, connection.getresponse())
+            answer = connection.getresponse()
         except (OSError, HTTPException) as error:
             raise self._away(error) from error
-        if answer.body.status == 200:
+        if answer.status == 200:
             return answer
         try:
-            said = json.loads(answer.body.read(MAX_LINE))["error"]["message"]
+            said = json.loads(answer.read(MAX_LINE))["error"]["message"]
         except (OSError, HTTPException, ValueError, KeyError, TypeError):
-            said = f"{answer.body.status} {answer.body.reason}"
-        finally:
-            answer.cut()
+            said = f"{answer.status} {answer.reason}"
         raise Invalid(f"The server at {self.url} refuses: {said}")
+
+    def _connect(self, line: _Line, seconds: float) -> HTTPConnection:
+        """Connect, with nothing to wait for that `line` could not cut, but the name's and the address's own answer."""
+        host, port = self._parts.hostname or "", self._parts.port or (80 if self._tls is None else 443)
+        reached = socket.create_connection((host, port), ASK_SECONDS)
+        if self._tls is None:
+            connection = HTTPConnection(host, port)
+        else:
+            connection = HTTPSConnection(host, port, context=self._tls)
+            reached = self._tls.wrap_socket(reached, server_hostname=host, do_handshake_on_connect=False)
+        connection.sock = reached
+        line.hold(reached)
+        if isinstance(reached, ssl.SSLSocket):
+            reached.do_handshake()
+        reached.settimeout(seconds)
+        return connection
 
     def _away(self, error: Exception) -> Retry:
         why = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,78 @@ async def test_a_reader_who_leaves_ends_the_answers() -> None:
                 await asyncio.to_thread(reading.acquire)
         await left.acquire()
         await left.acquire()
-        assert trial._running == 0
+        await idle(trial)
+
+
+async def idle(trial: Trial) -> None:
+    while trial._running:  # noqa: ASYNC110 - it says nothing when it changes
+        await asyncio.sleep(0.01)
+
+
+async def silent(_: str, __: dict[str, object], ___: asyncio.StreamWriter) -> None:
+    """Take a question and say nothing."""
+
+
+async def test_a_reader_who_leaves_ends_what_has_not_begun_to_answer() -> None:
+    left, asking = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def answer(_: str, __: dict[str, object], ___: asyncio.StreamWriter) -> None:
+        asking.release()
+
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        for _ in range(2):
+            reader = asyncio.create_task(trial.answers(OFFER, Asked("By law")))
+            for _ in SIDES:
+                await asking.acquire()
+            reader.cancel()
+            for _ in SIDES:
+                await left.acquire()
+            await idle(trial)
+
+
+async def test_what_ends_while_it_connects_is_cut_and_keeps_its_place_until_then() -> None:
+    connecting, may = threading.Semaphore(0), threading.Event()
+
+    class Slow(Trial):
+        def _connect(self, line: Any, seconds: float) -> Any:
+            connecting.release()
+            may.wait(20)
+            return super()._connect(line, seconds)
+
+    left = asyncio.Semaphore(0)
+    async with server(silent, left) as address, asyncio.timeout(20):
+        trial = Slow(address)
+        reader = asyncio.create_task(trial.answers(OFFER, Asked("By law")))
+        for _ in SIDES:
+            await asyncio.to_thread(connecting.acquire)
+        reader.cancel()
+        await asyncio.wait((reader,))
+        assert trial._running == 1
+        may.set()
+        await idle(trial)
+
+
+async def test_readers_who_wait_hold_up_nothing_else() -> None:
+    asking = asyncio.Semaphore(0)
+
+    async def answer(_: str, body: dict[str, object], __: asyncio.StreamWriter) -> None:
+        asking.release()
+
+    left = asyncio.Semaphore(0)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        readers = [asyncio.create_task(trial.answers(OFFER, Asked("By law"))) for _ in range(AT_ONCE)]
+        for _ in range(AT_ONCE * len(SIDES)):
+            await asking.acquire()
+        assert await asyncio.to_thread(lambda: "done") == "done"
+        # Closing waits for nothing, and ends them all.
+        trial.close()
+        for _ in range(AT_ONCE * len(SIDES)):
+            await left.acquire()
+        for found in await asyncio.gather(*readers):
+            assert all(piece.problem for piece in found.values())
 
 
 async def test_more_readers_than_the_server_is_asked_for_are_told_so() -> None:
