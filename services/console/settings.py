@@ -47,16 +47,21 @@ class ConsoleSettings(ServiceSettings):
 
     def serve(self) -> str:
         """Return the address of the server of experts. Raises `Fatal` for what is none."""
+        url = self.console_serve_url.strip()
         try:
-            parts = urlsplit(self.console_serve_url)
+            parts = urlsplit(url)
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            (parts.hostname or "").encode("idna")
         except ValueError:
             good = False
-        if self.console_serve_url and not good:
+        if url and "@" in url:
             raise Fatal(
-                f"CONNITO_CONSOLE_SERVE_URL is {self.console_serve_url!r}; write an address like http://127.0.0.1:8000/v1"
+                "CONNITO_CONSOLE_SERVE_URL holds a user's name, and pages show that address; write it without, and the key "
+                "as CONNITO_CONSOLE_SERVE_KEY"
             )
-        return self.console_serve_url
+        if url and not good:
+            raise Fatal(f"CONNITO_CONSOLE_SERVE_URL is {url!r}; write an address like http://127.0.0.1:8000/v1")
+        return url
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:
         """Return the networks that may name a user. Raises `Fatal` for what is no network."""

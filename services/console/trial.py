@@ -114,7 +114,8 @@ class Trial:
 
     def __init__(self, url: str = "", key: str = "") -> None:
         self._parts, self.url = urlsplit(url), url.rstrip("/")
-        self._key, self._running = key, 0
+        # A file or a line of shell leaves a newline behind.
+        self._key, self._running = key.strip(), 0
         self._tls = ssl.create_default_context() if self._parts.scheme == "https" else None
         self._names: tuple[float, list[str]] = (0.0, [])
         # Not asyncio's threads: whoever waits for this server holds up nothing else, and all tries find a thread.
@@ -265,6 +266,11 @@ class Trial:
             answer = connection.getresponse()
         except (OSError, HTTPException) as error:
             raise self._away(error) from error
+        except ValueError as error:
+            # Its text may hold the key, and so may what led to it.
+            raise Invalid(
+                f"{self.url} cannot be asked ({type(error).__name__}); see CONNITO_CONSOLE_SERVE_URL and _KEY."
+            ) from None
         if answer.status == 200:
             return answer
         try:

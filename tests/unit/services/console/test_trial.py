@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -226,7 +227,40 @@ def test_a_form_that_the_page_cannot_send_is_refused(form: dict[str, str]) -> No
         Asked.read(form)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://a:b", "http://a:0"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://a:b", "http://a:0", "http://a..b/v1"]
+)
 def test_an_address_that_is_none_ends_the_console(url: str) -> None:
     with pytest.raises(Fatal, match="CONNITO_CONSOLE_SERVE_URL"):
         ConsoleSettings.model_validate({"key_file": Path("key"), "console_serve_url": url}).serve()
+
+
+@pytest.mark.parametrize("url", ["http://me:hush@127.0.0.1:8000/v1", "http://me:hush@127.0.0.1:port/v1"])
+def test_an_address_with_a_users_name_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(Fatal, match="a user's name") as refused:
+        ConsoleSettings.model_validate({"key_file": Path("key"), "console_serve_url": url}).serve()
+    assert "hush" not in str(refused.value)
+
+
+async def test_a_newline_behind_the_key_is_no_part_of_it() -> None:
+    async def answer(head: str, _: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        assert "authorization: bearer a-key\r\n" in head
+        writer.write(document("200 OK", {"data": [{"id": "tiny+law-1"}]}))
+
+    async with server(answer) as address:
+        assert (await Trial(address, "a-key\n").offer("law-1")).models == OFFER.models
+
+
+@pytest.mark.parametrize("key", ["a\nsecret", "a-secret-€"])
+async def test_a_key_that_cannot_be_sent_is_told_without_it(key: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        trial = Trial(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", key)
+        said = [(await trial.offer("law-1")).problem]
+        said += [piece.problem for piece in (await trial.answers(OFFER, Asked("By law"))).values()]
+    for problem in said:
+        assert "CONNITO_CONSOLE_SERVE_URL and _KEY" in problem
+        assert "secret" not in problem
+
+
+async def test_a_name_that_is_none_is_told() -> None:
+    assert "cannot be asked" in (await Trial("http://a..b/v1").offer("law-1")).problem
