@@ -27,6 +27,8 @@ LENGTHS = (32, 64, 128)
 # Readers whose answers are computed at once; offers are asked for again after so long.
 AT_ONCE, FRESH_SECONDS = 4, 5.0
 ASK_SECONDS, ANSWER_SECONDS = 2.0, 120.0
+# What reading an answer raises that is not what it should be.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,20 @@ class _Line:
     """A connection in the hand of a thread, which anybody may cut: what the thread waits for then ends at once."""
 
     def __init__(self) -> None:
-        self._lock, self._cut = threading.Lock(), False
+        self._lock, self.over = threading.Lock(), False
         self._socket: socket.socket | None = None
 
     def hold(self, line: socket.socket) -> None:
         """Make known what is to be cut. Raises `ConnectionAbortedError` where it was cut before."""
         with self._lock:
             self._socket = line
-            if self._cut:
+            if self.over:
                 raise ConnectionAbortedError("nobody waits any more")
 
     def cut(self) -> None:
         """End it, also under a thread that reads: the server then computes no more."""
         with self._lock:
-            self._cut = True
+            self.over = True
             if self._socket is not None:
                 # Not closed: its number could be another's by the time the thread looks.
                 with suppress(OSError):
@@ -109,6 +111,15 @@ class _Line:
                 self._socket.close()
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The names that a server has, and when it gave them; or the sentence that says why none are known."""
+
+    names: tuple[str, ...] = ()
+    problem: str = ""
+    at: float = field(default_factory=time.monotonic)
+
+
 class Trial:
     """A server of experts as the console asks it. Without an address nothing can be tried."""
 
@@ -117,7 +128,8 @@ class Trial:
         # A file or a line of shell leaves a newline behind.
         self._key, self._running = key.strip(), 0
         self._tls = ssl.create_default_context() if self._parts.scheme == "https" else None
-        self._names: tuple[float, list[str]] = (0.0, [])
+        self._models: _Models | None = None
+        self._question: tuple[_Line, asyncio.Future[_Models]] | None = None
         # Not asyncio's threads: whoever waits for this server holds up nothing else, and all tries find a thread.
         self._sides = ThreadPoolExecutor(len(SIDES) * AT_ONCE, "try")
         self._asking = ThreadPoolExecutor(1, "models")
@@ -136,11 +148,10 @@ class Trial:
             return Offer(
                 problem="This console knows no server to ask: CONNITO_CONSOLE_SERVE_URL names it a `connito serve`."
             )
-        try:
-            names = await self._models()
-        except (Retry, Invalid) as error:
-            return Offer(problem=str(error))
-        name = next((name for name in names if name.endswith(f"+{expert}")), "")
+        models = await self._known()
+        if models.problem:
+            return Offer(problem=models.problem)
+        name = next((name for name in models.names if name.endswith(f"+{expert}")), "")
         if not name:
             return Offer(
                 problem=f"The server at {self.url} has no such expert: it serves another base, or its terms leave it out."
@@ -187,24 +198,30 @@ class Trial:
                 found[piece.side] = Piece(piece.side, found[piece.side].text + piece.text, piece.problem)
         return found
 
-    async def _models(self) -> list[str]:
-        asked_at, names = self._names
-        if time.monotonic() - asked_at > FRESH_SECONDS:
-            document = await asyncio.get_running_loop().run_in_executor(self._asking, self._whole, "/models")
-            try:
-                names = [str(entry["id"]) for entry in document["data"]]
-            except (TypeError, KeyError) as error:
-                raise self._other(error) from error
-            self._names = time.monotonic(), names
-        return names
+    async def _known(self) -> _Models:
+        """Return what the server has, asked a moment ago: one question for all who wait, and none for longer than that."""
+        if self._models is not None and time.monotonic() - self._models.at <= FRESH_SECONDS:
+            return self._models
+        if self._question is None or self._question[1].done():
+            line = _Line()
+            self._question = line, asyncio.get_running_loop().run_in_executor(self._asking, self._ask, line)
+        line, answer = self._question
+        await asyncio.wait((answer,), timeout=ASK_SECONDS)
+        line.cut()
+        self._models = answer.result() if answer.done() else _Models(problem=str(self._away(TimeoutError())))
+        return self._models
 
-    def _whole(self, path: str) -> Any:
-        line = _Line()
+    def _ask(self, line: _Line) -> _Models:
         self._lines.add(line)
         try:
-            return json.loads(self._open(line, "GET", path, None, ASK_SECONDS).read(MAX_LINE))
-        except (OSError, HTTPException, ValueError) as error:
-            raise self._other(error) from error
+            document = json.loads(self._open(line, "GET", "/models", None, ASK_SECONDS).read(MAX_LINE))
+            return _Models(tuple(str(entry["id"]) for entry in document["data"]))
+        except (Invalid, Retry) as error:
+            return _Models(problem=str(error))
+        except (OSError, HTTPException) as error:
+            return _Models(problem=str(self._away(error)))
+        except UNREADABLE as error:
+            return _Models(problem=str(self._away(TimeoutError()) if line.over else self._other(error)))
         finally:
             self._lines.discard(line)
             line.close()

@@ -6,9 +6,10 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ async def server(answer: Answer, left: asyncio.Semaphore | None = None) -> Async
         body = json.loads(await reader.readexactly(length)) if length else {}
         await answer(head, body, writer)
         if left is not None:
-            await writer.drain()
-            await reader.read()
+            with suppress(ConnectionError):
+                await writer.drain()
+                await reader.read()
             left.release()
         writer.close()
 
@@ -93,6 +95,16 @@ async def test_a_reader_who_leaves_ends_the_answers() -> None:
 async def idle(trial: Trial) -> None:
     while trial._running:  # noqa: ASYNC110 - it says nothing when it changes
         await asyncio.sleep(0.01)
+
+
+async def drip(writer: asyncio.StreamWriter, drop: bytes) -> None:
+    """Answer a little at a time, for as long as somebody listens."""
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    with suppress(ConnectionError):
+        while not writer.is_closing():
+            writer.write(drop)
+            await writer.drain()
+            await asyncio.sleep(0.05)
 
 
 async def silent(_: str, __: dict[str, object], ___: asyncio.StreamWriter) -> None:
@@ -187,7 +199,7 @@ async def test_an_error_within_a_stream_is_told() -> None:
     assert found["expert"] == Piece("expert", "so", "law-1 is yanked")
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"data": 1}', b'{"data": [{}]}'])
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"data": 1}', b'{"data": [{}]}', b"[" * 99_999])
 async def test_what_is_no_server_of_experts_is_named(body: bytes) -> None:
     async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
@@ -264,3 +276,42 @@ async def test_a_key_that_cannot_be_sent_is_told_without_it(key: str) -> None:
 
 async def test_a_name_that_is_none_is_told() -> None:
     assert "cannot be asked" in (await Trial("http://a..b/v1").offer("law-1")).problem
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_a_busy_server_is_told_as_away_and_one_question_is_for_all(
+    begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing comes, or a head and then a drop at a time, for ever."""
+    monkeypatch.setattr("services.console.trial.ASK_SECONDS", 1.0)
+    questions, left = 0, asyncio.Semaphore(0)
+
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        nonlocal questions
+        questions += 1
+        if begins:
+            await drip(writer, b" ")
+
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        started = time.monotonic()
+        found = await asyncio.gather(*(trial.offer("law-1") for _ in range(3)))
+        found += [await trial.offer("law-1") for _ in range(30)]
+        assert time.monotonic() - started < 10
+        await left.acquire()
+    assert {offer.problem.startswith("No server answers") for offer in found} == {True}
+    assert questions == 1
+
+
+async def test_what_is_known_of_a_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.console.trial.FRESH_SECONDS", 0.05)
+    replies = [document("503 Busy", {}), document("200 OK", {"data": [{"id": "tiny+law-1"}]})]
+
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(replies.pop(0))
+
+    async with server(answer) as address:
+        trial = Trial(address)
+        assert "refuses: 503 Busy" in (await trial.offer("law-1")).problem
+        await asyncio.sleep(0.1)
+        assert (await trial.offer("law-1")).models == OFFER.models
