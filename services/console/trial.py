@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -111,6 +111,17 @@ class _Line:
                 self._socket.close()
 
 
+def _told(document: Mapping[str, Any]) -> str:
+    """Return what an error says: its message, or itself where it is only that."""
+    error = document["error"]
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _cut(lines: Iterable[_Line]) -> None:
+    for line in lines:
+        line.cut()
+
+
 @dataclass(frozen=True)
 class _Models:
     """The names that a server has, and when it gave them; or the sentence that says why none are known."""
@@ -137,8 +148,7 @@ class Trial:
 
     def close(self) -> None:
         """Cut what is under way, and wait for nothing."""
-        for line in list(self._lines):
-            line.cut()
+        _cut(list(self._lines))
         for pool in (self._sides, self._asking):
             pool.shutdown(wait=False)
 
@@ -174,6 +184,7 @@ class Trial:
             loop.run_in_executor(self._sides, self._side, side, offer.models[side], asked, line, put)
             for side, line in lines.items()
         ]
+        late = loop.call_later(ANSWER_SECONDS, _cut, lines.values())
         # Also where the reader has left: threads that still wait for a name or an address to answer are not free.
         asyncio.gather(*works, return_exceptions=True).add_done_callback(self._free)
         try:
@@ -184,8 +195,8 @@ class Trial:
                 else:
                     yield piece
         finally:
-            for line in lines.values():
-                line.cut()
+            late.cancel()
+            _cut(lines.values())
 
     def _free(self, _: object) -> None:
         self._running -= 1
@@ -233,7 +244,9 @@ class Trial:
             for text in self._texts(model, asked, line):
                 put(Piece(side, text))
         except (Invalid, Retry) as error:
-            put(Piece(side, problem=str(error)))
+            # Nobody reads this but who has waited for as long as anybody may.
+            late = f"The server at {self.url} did not come to an end in {ANSWER_SECONDS:g} seconds."
+            put(Piece(side, problem=late if line.over else str(error)))
         finally:
             self._lines.discard(line)
             line.close()
@@ -246,13 +259,11 @@ class Trial:
         }  # fmt: skip
         answer = self._open(line, "POST", "/completions", body, ANSWER_SECONDS)
         while said := self._line(answer):
-            if not said.startswith(b"data: ") or said.startswith(b"data: [DONE]"):
-                continue
-            document = self._read(said.removeprefix(b"data: "))
-            if error := document.get("error"):
-                raise Invalid(str(error.get("message", error)))
-            for choice in document.get("choices", ()):
-                yield str(choice.get("text", ""))
+            if said.startswith(b"data: [DONE]"):
+                return
+            if said.startswith(b"data: "):
+                yield from self._read(said.removeprefix(b"data: "))
+        raise self._away(ConnectionError("it stopped before the end"))
 
     def _line(self, answer: HTTPResponse) -> bytes:
         try:
@@ -260,14 +271,15 @@ class Trial:
         except (OSError, HTTPException, ValueError) as error:
             raise self._away(error) from error
 
-    def _read(self, data: bytes) -> dict[str, Any]:
+    def _read(self, data: bytes) -> list[str]:
+        """Return the texts of one event. Raises `Invalid` for an error that it tells, and for what is no such event."""
         try:
-            found = json.loads(data)
-        except ValueError as error:
+            document = json.loads(data)
+            if document.get("error"):
+                raise Invalid(_told(document))
+            return [str(choice.get("text") or "") for choice in document.get("choices", ())]
+        except UNREADABLE as error:
             raise self._other(error) from error
-        if not isinstance(found, dict):
-            raise self._other(TypeError(type(found).__name__))
-        return found
 
     def _open(
         self, line: _Line, method: str, path: str, body: Mapping[str, Any] | None, seconds: float
@@ -291,8 +303,8 @@ class Trial:
         if answer.status == 200:
             return answer
         try:
-            said = json.loads(answer.read(MAX_LINE))["error"]["message"]
-        except (OSError, HTTPException, ValueError, KeyError, TypeError):
+            said = _told(json.loads(answer.read(MAX_LINE)))
+        except (OSError, HTTPException, *UNREADABLE):
             said = f"{answer.status} {answer.reason}"
         raise Invalid(f"The server at {self.url} refuses: {said}")
 

@@ -315,3 +315,47 @@ async def test_what_is_known_of_a_server_is_asked_again(monkeypatch: pytest.Monk
         assert "refuses: 503 Busy" in (await trial.offer("law-1")).problem
         await asyncio.sleep(0.1)
         assert (await trial.offer("law-1")).models == OFFER.models
+
+
+EVENT = b'data: {"choices": [{"text": "so"}]}\n\n'
+UNEXPECTED = [
+    b'data: {"error": "law-1 is yanked"}\n\n', b"<html>", b"data: [1]\n\n", b'data: {"choices": 1}\n\n',
+    b'data: {"choices": ["a"]}\n\n', b"data: " + b"[" * 99_999 + b"\n\n", b"data: \xff\n\n", EVENT, b"",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", UNEXPECTED, ids=range(len(UNEXPECTED)))
+async def test_no_answer_ends_without_its_end_or_a_problem(body: bytes) -> None:
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+
+    async with server(answer) as address:
+        found = await Trial(address).answers(OFFER, Asked("By law"))
+    for side in SIDES:
+        assert found[side].problem
+    assert ("law-1 is yanked" in found["base"].problem) == (b"yanked" in body)
+
+
+async def test_a_refusal_that_is_only_words_is_told() -> None:
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(document("403 Forbidden", {"error": "no commercial use"}))
+
+    async with server(answer) as address:
+        assert "refuses: no commercial use" in (await Trial(address).offer("law-1")).problem
+
+
+async def test_an_answer_that_drips_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.console.trial.ANSWER_SECONDS", 1.0)
+
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        await drip(writer, EVENT)
+
+    left = asyncio.Semaphore(0)
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        found = await trial.answers(OFFER, Asked("By law"))
+        for side in SIDES:
+            await left.acquire()
+            assert found[side].text.startswith("so")
+            assert "did not come to an end in 1 seconds" in found[side].problem
+        await idle(trial)
