@@ -267,10 +267,11 @@ class Console:
         login.own_pages_only(request)
         row = self._row(request)
         offer, streams = await self._offer(row), request.headers.get("accept", "").startswith("text/event-stream")
+        form = await login.form(request, MAX_TRY_BYTES)
         try:
             if offer.problem:
                 raise Invalid(offer.problem)
-            asked = Asked.read(await login.form(request, MAX_TRY_BYTES))
+            asked = Asked.read(form)
             if streams:
                 headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
                 pieces = as_events(self.trial.pieces(offer, asked))
@@ -279,7 +280,7 @@ class Console:
         except (Invalid, Retry) as error:
             if streams:
                 return PlainTextResponse(str(error), 400 if isinstance(error, Invalid) else 503)
-            return await self._show_expert(request, row, Offer(problem=str(error)))
+            return await self._show_expert(request, row, Offer(offer.models, str(error)), Asked.kept(form))
 
     def _row(self, request: Request) -> experts.ExpertRow:
         row = next((row for row in self._experts(request) if row.expert_id == request.path_params["expert"]), None)

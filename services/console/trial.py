@@ -50,14 +50,22 @@ class Asked:
     @classmethod
     def read(cls, form: Mapping[str, str]) -> Asked:
         """Read a form. Raises `Invalid` for one that the page cannot have sent."""
-        text, tokens = form.get("text", ""), form.get("tokens", "")
-        if not text.strip():
+        asked = cls.kept(form)
+        if not asked.text.strip():
             raise Invalid("There is no text to go on with.")
-        if len(text) > MAX_TEXT:
-            raise Invalid(f"The text has {len(text):,} characters; try at most {MAX_TEXT:,}.")
-        if tokens not in map(str, LENGTHS):
+        if len(asked.text) > MAX_TEXT:
+            raise Invalid(f"The text has {len(asked.text):,} characters; try at most {MAX_TEXT:,}.")
+        if str(asked.tokens) != form.get("tokens"):
             raise Invalid(f"An answer has {', '.join(map(str, LENGTHS))} tokens.")
-        return cls(text, int(tokens), form.get("words") == "drawn")
+        return asked
+
+    @classmethod
+    def kept(cls, form: Mapping[str, str]) -> Asked:
+        """Return what a form says, to be shown again whether or not it can be answered."""
+        # A browser sends lines as CR LF, and counts an end of line as one character.
+        text = form.get("text", "").replace("\r\n", "\n").replace("\r", "\n")
+        tokens = next((length for length in LENGTHS if str(length) == form.get("tokens")), LENGTHS[1])
+        return cls(text, tokens, form.get("words") == "drawn")
 
 
 @dataclass(frozen=True)
