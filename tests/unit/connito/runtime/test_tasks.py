@@ -37,6 +37,7 @@ async def test_a_task_that_loses_its_first_cancellation_ends_all_the_same() -> N
 
 # Futures, timers, a run of the platform, and the signal that begins an orderly stop: no task to be waited for.
 CANCELS = {
+    "services/console/trial.py: late.cancel",
     "shared/connito/bus/connection.py: failed.cancel",
     "shared/connito/bus/consume.py: handle.cancel",
     "shared/connito/bus/consume.py: self.later.pop(lane).cancel",
