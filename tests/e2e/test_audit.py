@@ -32,6 +32,8 @@ from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.waiting import PATIENCE
+
 from .conftest import Finished, Up, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -285,7 +287,7 @@ async def rewrite(folder: Path, change: Callable[[Record], Record], only: str = 
             await bus.js.delete_stream(stream)
         await streams.ensure(bus.js)
         for record in records:
-            acknowledged = await bus.js.publish(record.subject, change(record).data)
+            acknowledged = await bus.js.publish(record.subject, change(record).data, timeout=PATIENCE)
             assert acknowledged.seq == record.sequence
 
 

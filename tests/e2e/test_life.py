@@ -26,7 +26,9 @@ def test_old_cycles_go_and_the_rest_still_audits(tmp_path: Path) -> None:
         # Hand-in, state and outer state of each cycle before the one that the first kept cycle began from.
         assert done["stale"]["objects"] >= 2 * (CYCLES - KEPT - 1), done
         after = platform.json("audit", run, "--no-model")
-        assert (after["result"], after["chain"]) == ("same", before["chain"])
+        # The last head and who cosigned it may come while the first audit runs: they are of the run, after its end.
+        was, now = ({**audit["chain"]["windows"], "run": ""} for audit in (before, after))
+        assert (after["result"], now) == ("same", was)
         notes = {row["check"]: row["note"] for row in after["checks"]}
         assert f"cycles before {CYCLES - KEPT + 1} are not kept" in notes["retention"]
         old = platform.connito("explain", f"{run}/1/miner-1", "--no-model")

@@ -11,7 +11,7 @@ from tests.sim.checks import wrong_with
 from tests.sim.planted import handled, with_bus
 from tests.sim.world import Scenario, World, carry_out, forget
 
-SEEDS = range(12)
+SEEDS = range(24)
 BUGS: dict[str, tuple[type[World], Callable[[int], Scenario]]] = {
     "no compare-and-set": (planted.NoCompare, scenarios.rough),
     "a fact is published twice": (with_bus(planted.PublishTwice), scenarios.rough),
