@@ -93,7 +93,8 @@ def test_curves_of_one_run_have_one_scale(browser: Chromium, site: Site) -> None
     with browser.page(f"{site.address}/runs/{site.run}") as page:
         heights = "[...one.querySelectorAll('line.grid')].map((line) => +line.getAttribute('y1'))"
         ticks = f"[...document.querySelectorAll('figure svg')].map((one) => {heights})"
-        steps = {round(abs(lines[0] - lines[1]), 1) for lines in page.evaluate(ticks)}
+        # A course may leave room for one round value only.
+        steps = {round(abs(lines[0] - lines[1]), 1) for lines in page.evaluate(ticks) if len(lines) > 1}
         assert len(steps) == 1, "equal distances are unequal losses"
 
 
@@ -163,10 +164,11 @@ def test_everything_is_reached_by_keyboard(browser: Chromium, site: Site) -> Non
 def test_what_has_the_focus_keeps_it_while_the_page_is_replaced(browser: Chromium, site: Site) -> None:
     with browser.page(f"{site.address}/runs/{site.run}") as page:
         for held in ("#loss-table summary", "#main [id^=why-]", "#main a[href]:not([id])"):
-            page.evaluate(f"document.querySelector('{held}').focus()")
-            before = page.evaluate("document.activeElement.outerHTML")
-            page.evaluate("replace(main.innerHTML)")
-            assert page.evaluate("document.activeElement.outerHTML") == before, held
+            # In one go: what the console sends comes in between.
+            focus, active = f"document.querySelector('{held}').focus()", "document.activeElement.outerHTML"
+            steps = f"{focus}; const before = {active}; replace(main.innerHTML); return [before, {active}]"
+            before, after = page.evaluate(f"(() => {{ {steps}; }})()")
+            assert after == before, held
 
 
 def test_the_scrubber_replays_the_finished_run(browser: Chromium, site: Site) -> None:
