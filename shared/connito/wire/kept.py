@@ -2,7 +2,8 @@
 
 One SQLite file for each service. Every applied fact is a row with a tag under a key that only this service has; the rows, what
 else follows from the log (`notes`), and how far each stream was read change in one transaction. A file that is damaged, of
-another key, roster or version, or behind which lies another log is thrown away, and everything is read from the start
+another key, roster or version, or behind which lies another log is thrown away, and everything is read from the start. What
+belongs to one cycle is looked through when it is first asked for, so that opening does not grow with the age of a run
 (docs/adr/0027-snapshots-of-the-log.md).
 """
 
@@ -26,7 +27,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, INGRESS
 
-FORMAT = 3
+FORMAT = 4
 # Facts that were read back and stay in memory.
 REMEMBERED = 20_000
 
@@ -34,26 +35,33 @@ _SCHEMA = """
 create table meta (binding blob);
 create table facts (run text, section text, cycle integer, kind text, id text, signer text, stream text, sequence integer,
                     time_unix_ms integer, digest blob, payload blob, tag blob,
-                    primary key (run, section, cycle, kind, id)) without rowid;
+                    primary key (run, cycle, section, kind, id)) without rowid;
 create table notes (run text primary key, note blob, tag blob) without rowid;
 create table read (stream text primary key, sequence integer, anchor blob, tag blob);
 create table aside (number integer primary key, run text, stream text, sequence integer, subject text, data blob,
                     time_unix_ms integer, headers text, tag blob);
 create index aside_by_run on aside (run);
-create table tally (facts integer, notes integer, aside integer, tag blob);
+create table cycles (run text, cycle integer, facts integer, tag blob, primary key (run, cycle)) without rowid;
+create table tally (cycles integer, notes integer, aside integer, tag blob);
 insert into tally values (0, 0, 0, null);
+create trigger facts_out after delete on facts
+  begin update cycles set facts = facts - number(old.tag) where run = old.run and cycle = old.cycle; end;
 """
-# Damage can leave each row whole and take others with it, or bring old ones back: sums of all tags are kept with every change.
+# Damage can leave each row whole and take others with it, or bring old ones back: sums of tags are kept with every change, of
+# facts by run and cycle, and of all cycles, notes, and what was laid aside.
 _SUMMED = """
 create trigger {0}_in after insert on {0} begin update tally set {0} = {0} + number(new.tag); end;
 create trigger {0}_out after delete on {0} begin update tally set {0} = {0} - number(old.tag); end;
 """
-_SUMS = "select facts, notes, aside, tag from tally"
-_SUMS_OF_ROWS = """select (select sum(number(tag)) from facts), (select sum(number(tag)) from notes),
+_SUMS = "select cycles, notes, aside, tag from tally"
+_SUMS_OF_ROWS = """select (select sum(number(tag)) from cycles), (select sum(number(tag)) from notes),
                           (select sum(number(tag)) from aside)"""
+_CYCLE, _SUM_OF_CYCLE = (
+    f"select {what} where run = ? and cycle = ?" for what in ("facts, tag from cycles", "sum(number(tag)) from facts")
+)
 _STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
 _OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
-_SINCE = f"{_STANDING} where run = ? and (cycle = 0 or cycle >= ?)"
+_OF_A_CYCLE = f"{_STANDING} where run = ? and cycle = ?"
 _LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers, tag from aside"
 # What SQLite says of a damaged file; its words may themselves hold bytes of it.
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -81,6 +89,9 @@ class Kept:
         self._lock = threading.RLock()
         self._back: OrderedDict[tuple[str, str, int, str], dict[str, Fact]] = OrderedDict()
         self._held = 0
+        # What was added to the sums of cycles since the last commit, and of which cycles they were found to hold.
+        self._added: dict[tuple[str, int], int] = {}
+        self._sound: set[tuple[str, int]] = set()
         self.database = self._open()
 
     # Opening.
@@ -113,9 +124,7 @@ class Kept:
         return self._anew()
 
     def _whole(self, found: sqlite3.Connection) -> bool:
-        """Return whether every page is where it belongs, and the rows are those of the last commit."""
-        if found.execute("pragma quick_check(1)").fetchall() != [("ok",)]:
-            return False
+        """Return whether the sums, of which each stands for the rows of a cycle, are those of the last commit."""
         ((*sums, tag),), (rows,) = found.execute(_SUMS).fetchall(), found.execute(_SUMS_OF_ROWS).fetchall()
         same = sums == [row or 0 for row in rows]
         return same and isinstance(tag, bytes) and hmac.compare_digest(tag, self._tag(*sums))
@@ -133,7 +142,7 @@ class Kept:
         return made
 
     def _remove(self) -> None:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm") if self.path is not None else ():
             with suppress(OSError):
                 assert self.path is not None
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
@@ -143,6 +152,8 @@ class Kept:
         self.database.close()
         self._back.clear()
         self._held = 0
+        self._added.clear()
+        self._sound.clear()
         self.database = _fresh("") if self.path is None else self._anew()
 
     def close(self) -> None:
@@ -164,10 +175,14 @@ class Kept:
                 self._held += len(self._back[place]) - len(back)
         row = (fact.run, key.section, key.cycle, key.kind, key.id, fact.signer, fact.stream, fact.sequence)
         rest = (fact.time_unix_ms, fact.digest, fact.message.SerializeToString())
-        self._write(
-            "insert or replace into facts values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*row, *rest, self._tag(*row, *rest)),
-        )
+        tag, cycle = self._tag(*row, *rest), (fact.run, key.cycle)
+        if not self.closed_for_writing:
+            # Signed anew with what is added, a sum would hide what was gone before.
+            self._look_through(*cycle)
+            if cycle not in self._added:
+                self._write("insert or ignore into cycles values (?, ?, 0, null)", cycle)
+            self._added[cycle] = self._added.get(cycle, 0) + _number(tag)
+        self._write("insert or replace into facts values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, *rest, tag))
         if self.closed_for_writing:
             self._beside.setdefault(place, {})[key.id] = fact
         else:
@@ -215,8 +230,7 @@ class Kept:
             self._write("insert or replace into read values (?, ?, ?, ?)", (*row, self._tag(*row)))
         if not self.closed_for_writing and self.database.in_transaction:
             try:
-                ((*sums, _),) = self.database.execute(_SUMS).fetchall()
-                self.database.execute("update tally set tag = ?", (self._tag(*sums),))
+                self._sum_up()
                 self.database.execute("commit")
             except _DAMAGE as error:
                 self._give_up(error)
@@ -224,6 +238,19 @@ class Kept:
             self._uncommitted.clear()
             self._laid.clear()
         return not self.closed_for_writing
+
+    def _sum_up(self) -> None:
+        """Sign the sums of what has changed, and of them all."""
+        changed = 0
+        for cycle, added in self._added.items():
+            ((total, before),) = self.database.execute(_CYCLE, cycle).fetchall()
+            row = (total + added, self._tag(*cycle, total + added))
+            self.database.execute("update cycles set facts = ?, tag = ? where run = ? and cycle = ?", (*row, *cycle))
+            changed += _number(row[1]) - (0 if before is None else _number(before))
+        self._added.clear()
+        self.database.execute("update tally set cycles = cycles + ?", (changed,))
+        ((*sums, _),) = self.database.execute(_SUMS).fetchall()
+        self.database.execute("update tally set tag = ?", (self._tag(*sums),))
 
     def _write(self, statement: str, row: tuple[object, ...]) -> None:
         if self.closed_for_writing:
@@ -240,6 +267,10 @@ class Kept:
         with suppress(sqlite3.Error):
             # A disk that was full has rolled back already.
             self.database.execute("rollback")
+        self._added.clear()
+        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            # The next process would fail at it too. What this one has read of it, it goes on with.
+            self._remove()
         self._laid = [*self._aside(f"{_LAID} order by number"), *self._laid]
         with self._lock:
             self._back.clear()
@@ -272,6 +303,7 @@ class Kept:
             if place in self._back:
                 self._back.move_to_end(place)
                 return self._back[place]
+            self._look_through(run, cycle)
             found = {fact.key.id: fact for fact in self._facts(run, _OF_A_KIND, place)}
             if place in self._beside:
                 found = dict(sorted({**found, **self._beside[place]}.items()))
@@ -283,7 +315,21 @@ class Kept:
 
     def since(self, run: str, cycle: int) -> Iterator[Fact]:
         """Yield what a run keeps in memory: what belongs to no cycle, and everything from one on. Raises `Fatal` as `all`."""
-        yield from self._facts(run, _SINCE, (run, cycle))
+        kept = self._read("select cycle from cycles where run = ? and (cycle = 0 or cycle >= ?)", (run, cycle))
+        for (one,) in kept:
+            self._look_through(run, one)
+            yield from self._facts(run, _OF_A_CYCLE, (run, one))
+
+    def _look_through(self, run: str, cycle: int) -> None:
+        """Check once that the rows of a cycle are those that were committed. Raises `Fatal` as `all`."""
+        if (run, cycle) in self._sound:
+            return
+        signed, ((total,),) = self._read(_CYCLE, (run, cycle)), self._read(_SUM_OF_CYCLE, (run, cycle))
+        for wanted, tag in signed:
+            self._check(tag, run, cycle, wanted)
+        if [wanted for wanted, _ in signed] != ([] if total is None else [total]):
+            raise self._damaged()
+        self._sound.add((run, cycle))
 
     def _facts(self, run: str, query: str, values: tuple[object, ...]) -> Iterator[Fact]:
         for *row, payload, tag in self._read(query, values):
@@ -315,8 +361,7 @@ class Kept:
 
     def _damaged(self) -> Fatal:
         self.closed_for_writing = "it is damaged"
-        if self.path is not None:
-            self._remove()
+        self._remove()
         return Fatal(
             f"what this service kept of the log in {self.path} is damaged; started again, it reads the log anew"
         )
@@ -346,5 +391,5 @@ def _fresh(name: str) -> sqlite3.Connection:
         made.execute("pragma locking_mode = exclusive")
         made.execute("pragma journal_mode = wal")
         made.execute("pragma synchronous = normal")
-    made.executescript(_SCHEMA + "".join(map(_SUMMED.format, ("facts", "notes", "aside"))))
+    made.executescript(_SCHEMA + "".join(map(_SUMMED.format, ("notes", "aside"))))
     return made

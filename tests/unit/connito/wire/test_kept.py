@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from connito.errors import Fatal
 from connito.v1 import cycle_pb2, run_pb2
+from connito.wire import kept as kept_module
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.kept import Kept, anchor_of
@@ -330,3 +332,70 @@ def test_a_row_that_is_gone_is_missed(table: str, filled: Path) -> None:
         else f"delete from {table} where run = 'r'" + (" and cycle = 2 and id = 'a'" if table == "facts" else ""),
     )
     assert what_is_kept(filled) == (set(), False)
+
+
+def test_a_start_looks_at_what_is_at_hand_however_old_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    connect = kept_module._connect
+
+    def counted(name: str) -> sqlite3.Connection:
+        made = connect(name)
+        made.set_progress_handler(count, 1)
+        return made
+
+    monkeypatch.setattr(kept_module, "_connect", counted)
+    took = []
+    for cycles in (20, 200):
+        folder = tmp_path / str(cycles)
+        kept = at(folder)
+        for cycle in range(1, cycles + 1):
+            for miner in range(50):
+                kept.put(trained(cycle, f"m{miner:02}"))
+        assert kept.commit({"TRAIN": record(1)})
+        kept.close()
+        steps = 0
+        kept = at(folder)
+        assert kept.positions()
+        assert len(list(kept.since("r", cycles - 2))) == 3 * 50
+        took.append(steps)
+        kept.close()
+    assert took[1] - took[0] < 20 * 180, "a few steps for each cycle, none for its rows"
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda kept: kept.all("r", "ingress", 2, "trained"), lambda kept: kept.put(trained(2, "c"))]
+)
+def test_a_row_that_is_gone_of_an_old_cycle_is_missed_by_who_asks_or_adds(
+    ask: Callable[[Kept], object], filled: Path
+) -> None:
+    damage(filled, "delete from facts where cycle = 2 and id = 'a'")
+    kept = at(filled)
+    assert kept.positions()
+    assert {fact.key.cycle for fact in kept.since("r", 3)} == {3, 4}
+    with pytest.raises(Fatal, match="damaged"):
+        ask(kept)
+    kept.close()
+    assert not at(filled).positions(), "and the next process reads everything anew"
+
+
+def test_a_file_that_fails_when_it_is_written_is_not_believed_again(filled: Path) -> None:
+    kept = at(filled)
+    kept._give_up(damaged_while_written(filled))
+    assert kept.closed_for_writing
+    kept.close()
+    assert not at(filled).positions()
+
+
+def damaged_while_written(folder: Path) -> sqlite3.DatabaseError:
+    """What SQLite raises for a file whose pages are not what they should be."""
+    other = folder / "other.sqlite"
+    other.write_bytes(b"SQLite format 3\x00" + b"\xcc" * 8192)
+    with closing(sqlite3.connect(other)) as damaged, pytest.raises(sqlite3.DatabaseError) as raised:
+        damaged.execute("create table a (b)")
+    return raised.value
