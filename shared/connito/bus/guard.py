@@ -22,7 +22,7 @@ from connito.bus.permissions import CONNECTED, CONNECTIONS_OF, KICK, SERVERS, SY
 from connito.errors import Invalid, Retry
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
-from connito.wire.identity import Identity, short_key
+from connito.wire.identity import Identity
 from connito.wire.passes import claims_of
 from connito.wire.tls import Tls
 
@@ -58,8 +58,8 @@ class Guard:
         self._connection = self._connect()
         self._seen: Counter[Place] = Counter()
         self._crowded: set[Place] = set()
-        # Servers and connections there.
-        self._liars: set[tuple[str, int]] = set()
+        # By server and connection there, whose pass it came with.
+        self._liars: dict[tuple[str, int], str] = {}
         self._wake, self._anew = asyncio.Event(), False
 
     async def watch(self) -> None:
@@ -109,8 +109,8 @@ class Guard:
         """Count a connection. `user` is what the client says of itself; its pass is what the server has checked."""
         if account in self._own:
             return
-        if user != _holder(token):
-            self._liars.add((server, int(cid)))
+        if user != (holder := _holder(token)):
+            self._liars[server, int(cid)] = holder
             self._wake.set()
         else:
             self._count(Place(server, account, user))
@@ -131,9 +131,10 @@ class Guard:
             self._anew = False
         while self._liars or self._crowded:
             while self._liars:
-                server, cid = self._liars.pop()
+                (server, cid), holder = self._liars.popitem()
                 await self._kick(server, cid)
-                log.warning("closed a connection that is not its key's", security=True, connection=cid)
+                detail = "a connection that says to be another key than its pass is for; it is closed"
+                report("not_permitted", key=holder, reason=reasons.REASON_NOT_PERMITTED, detail=detail)
             if self._crowded:
                 await self._thin_out(self._crowded.pop())
 
@@ -149,10 +150,9 @@ class Guard:
         self._seen[place] += min(SHARE, len(found)) - heard
         if len(page) == PAGE or self._seen[place] > SHARE:
             self._crowded.add(place)
-        if closed := len(found[SHARE:]):
+        if found[SHARE:]:
             detail = f"more than {SHARE} connections at once; the newest are closed"
             report("connections", key=place.key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=detail)
-            log.warning("closed connections of one key", security=True, key=short_key(place.key), closed=closed)
 
     async def _kick(self, server: str, cid: int) -> None:
         # Without somebody who waits for the answer the server does nothing.

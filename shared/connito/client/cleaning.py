@@ -13,6 +13,7 @@ from connito.base.upload import MANIFEST_TYPE
 from connito.bus import Bus, streams
 from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.platform.log import read_log
 from connito.platform.session import Session
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
@@ -22,7 +23,7 @@ from connito.store.artifacts import StoredObject
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.fact import Fact, Record
-from connito.wire.facts import RunFacts
+from connito.wire.parts import Parts
 from connito.wire.roster import Roster
 from connito.wire.subjects import run_of
 from connito.wire.verification import verify_fact, verify_ingress
@@ -117,14 +118,13 @@ async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[st
 
     Of a run that an archive holds, only what the library says of it counts.
     """
-    facts = [fact async for record in bus.stored((*FACT_STREAMS, "INGRESS")) if (fact := _verified(record, roster))]
-    runs: dict[str, RunFacts] = {}
-    for fact in facts:
-        if fact.stream != "INGRESS":
-            runs.setdefault(fact.run, RunFacts(fact.run)).add(fact)
+    # What is kept follows from these; a log that is read twice need not be held.
+    runs = (await read_log(bus, roster, streams=("RUNS", "TRAIN", "LIBRARY"))).runs
     refs: dict[str, ArtifactRef] = {}
-    expired: set[str] = set()
-    for fact in facts:
+    expired, parts = set[str](), Parts()
+    async for record in bus.stored((*FACT_STREAMS, "INGRESS")):
+        if (fact := _verified(record, parts, roster)) is None:
+            continue
         run = runs.get(fact.run)
         if run is not None and run.archived is not None and fact.key.section != "library":
             continue
@@ -141,9 +141,12 @@ def _cycle_of(fact: Fact) -> int:
     return fact.key.cycle or int(getattr(fact.message, "cycle", 0))
 
 
-def _verified(record: Record, roster: Roster) -> Fact | None:
+def _verified(record: Record, parts: Parts, roster: Roster) -> Fact | None:
     with suppress(Invalid):
-        return verify_ingress(record) if record.stream == "INGRESS" else verify_fact(record, roster)
+        if record.stream == "INGRESS":
+            return verify_ingress(record)
+        whole = parts.take(record, roster)
+        return None if whole is None else verify_fact(whole, roster)
     return None
 
 

@@ -18,12 +18,15 @@ from connito.wire import subjects
 from connito.wire.envelope import open_bytes
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.kept import Kept
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import DLQ_ROOT
 
 _TICK_SECONDS = 0.5
 _LETTER_SECONDS = 5.0
+# Facts, until those of old cycles leave memory.
+KEEP_EVERY = 200
 
 
 async def follow_run(
@@ -35,9 +38,10 @@ async def follow_run(
     until: Callable[[RunFacts], bool],
     on_fact: Callable[[Fact, RunFacts], None] = lambda fact, facts: None,
 ) -> RunFacts:
-    """Show a run's facts as they come and return all of them once `until` holds."""
-    log = Log(roster)
-    facts = log.runs.setdefault(run, RunFacts(run))
+    """Show a run's facts as they come and return all of them once `until` holds. Those of old cycles are not in memory."""
+    log, unkept = Log(roster), 0
+    log.kept = kept = Kept()
+    facts = log.runs.setdefault(run, RunFacts(run, shelf=kept))
 
     async def tick() -> None:
         while True:
@@ -49,6 +53,10 @@ async def follow_run(
         async with aclosing(bus.follow((*FACT_STREAMS, "INGRESS"), run)) as records:
             async for item in records:
                 if not isinstance(item, CaughtUp) and (fact := apply(log, item)) is not None:
+                    kept.put(fact)
+                    if (unkept := unkept + 1) >= KEEP_EVERY and kept.commit({}):
+                        log.let_go(run)
+                        unkept = 0
                     display.fact(fact, facts, names)
                     on_fact(fact, facts)
                 if until(facts):

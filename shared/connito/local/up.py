@@ -208,13 +208,19 @@ class _Up:
         return report
 
     async def _collect(self, installation: Installation, spec: RunSpec) -> None:
-        """Collect now and then what a run that keeps its last cycles only has left, as `connito clean --remove` does."""
+        """Collect now and then what a run that keeps its last cycles only has left, as `connito clean --remove` does, and its
+        copies in the caches of this machine.
+        """
         from connito.client.cleaning import collect
+        from connito.store.eviction import drop
 
         while spec.retention.cycles:
             await asyncio.sleep(COLLECT_SECONDS)
-            with suppress(ConnitoError):
-                await collect(installation.bus, installation.store, installation.roster, remove=True)
+            with suppress(ConnitoError, OSError):
+                found = await collect(installation.bus, installation.store, installation.roster, remove=True)
+                gone = {one.digest for one in found.stale} - {one.digest for one in found.kept}
+                for cache in (self.data.cache, installation.miner_cache):
+                    await asyncio.to_thread(drop, cache, gone)
 
     async def _choose_run(self, installation: Installation) -> str:
         """Return the run that an earlier `up` left unfinished, or the id of a new one; with `--new`, cancel the unfinished."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +49,24 @@ def make_room(
         if freed >= excess:
             break
         if entry.used < before:
-            opened = entry.path.parent.glob(f"{entry.path.name}.*.open")
-            marks = (entry.path.with_name(entry.path.name + end) for end in (USED, PASSING))
-            for path in (entry.path, *opened, *marks):
-                path.unlink(missing_ok=True)
+            _evict(entry.path)
             freed += entry.size
-            metrics.CACHE.labels("evicted").inc()
     return freed
+
+
+def drop(folder: Path, digests: Iterable[str]) -> None:
+    """Evict what the store has collected: nobody will ask for it again."""
+    for digest in digests:
+        path = folder / "sha256" / digest[:2] / digest
+        if path.exists():
+            _evict(path)
+
+
+def _evict(file: Path) -> None:
+    marks = (file.with_name(file.name + end) for end in (USED, PASSING))
+    for path in (file, *file.parent.glob(f"{file.name}.*.open"), *marks):
+        path.unlink(missing_ok=True)
+    metrics.CACHE.labels("evicted").inc()
 
 
 def _excess(folder: Path, need: int, free: Callable[[Path], int]) -> int:

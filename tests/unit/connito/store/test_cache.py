@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,34 @@ def test_drafts_of_killed_processes_are_removed(cache: Cache, source: Source) ->
     path.parent.mkdir(parents=True)
     path.with_name(f"{path.name}.part1234567").write_bytes(DATA[:100])
     cache.get(REF, source)
-    assert sorted(left.suffix for left in path.parent.iterdir()) == ["", ".lock", ".ok"]
+    assert sorted(left.suffix for left in path.parent.iterdir()) == ["", ".ok"]
+
+
+def test_many_at_once_fetch_once_and_leave_no_lock(cache: Cache) -> None:
+    """Who waits for a lock may find that it was removed meanwhile, and another one stands in its place."""
+    inside, most, fetched = 0, 0, 0
+
+    def download(target: Path) -> None:
+        nonlocal inside, most, fetched
+        inside += 1
+        most, fetched = max(most, inside), fetched + 1
+        time.sleep(0.03)
+        if fetched < 4:
+            inside -= 1
+            raise Invalid("not yet")
+        target.write_bytes(DATA)
+        inside -= 1
+
+    def ask(_: int) -> bool:
+        try:
+            return cache.get(REF, download).read_bytes() == DATA
+        except Invalid:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert (answers.count(True), most, fetched) == (5, 1, 4)
+    assert sorted(left.suffix for left in cache.path(REF).parent.iterdir()) == ["", ".ok"]
 
 
 def test_what_cannot_be_fetched_leaves_nothing(cache: Cache) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from connito.store.cache import Cache
-from connito.store.eviction import IN_USE_SECONDS, make_room
+from connito.store.eviction import IN_USE_SECONDS, drop, make_room
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 
 SIZE = 1000
@@ -39,7 +39,16 @@ def test_the_longest_unused_goes_and_its_companions_with_it(tmp_path: Path) -> N
     refs.append(put(cache, 4, 0))
     assert kept(cache, refs) == [1, 2, 3, 4]
     left = {path.name for path in tmp_path.rglob(f"{refs[0].digest}*")}
-    assert left <= {f"{refs[0].digest}.lock"}
+    assert not left
+
+
+def test_what_the_store_collected_is_dropped_with_its_companions(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    refs = [put(cache, number, 0, REALM_SUBMISSION) for number in range(3)]
+    cache.path(refs[0]).with_name(f"{refs[0].digest}.x.open").touch()
+    drop(tmp_path, [refs[0].digest, "f" * 64])
+    assert kept(cache, refs) == [1, 2]
+    assert not list(tmp_path.rglob(f"{refs[0].digest}*"))
 
 
 def test_hand_ins_go_before_everything_else(tmp_path: Path) -> None:
