@@ -136,6 +136,26 @@ spec:
       {{- with $policy.console.from }}
       from: {{- toYaml . | nindent 8 }}
       {{- end }}
+{{- with include "connito.serveUrl" . }}
+---
+# Readers of the console try experts there.
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{- include "connito.metadata" (list $ "page-to-serve" "") | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels:
+      {{- include "connito.selector" $ | nindent 6 }}
+      app.kubernetes.io/component: console
+  policyTypes: [Egress]
+  egress:
+    {{- if $.Values.console.serve.url }}
+    - ports: [{ port: {{ (include "connito.ports" (dict "urls" (list .) "default" 443) | fromJson).ports | first }}, protocol: TCP }]
+    {{- else }}
+    - ports: [{ port: http, protocol: TCP }]
+      to: [{ podSelector: { matchLabels: { app.kubernetes.io/instance: {{ $.Release.Name }}, connito-workload: serve } } }]
+    {{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- if and .Values.nats.enabled $platform }}

@@ -19,6 +19,8 @@ capabilities: { drop: [ALL] }
 
 {{/* Bus, identity and roster: what every container needs. (dict "root" $ ) */}}
 {{- define "connito.commonEnv" -}}
+# An older image passes over what this chart sets and it does not know.
+- { name: CONNITO_FOR_VERSION, value: {{ .root.Chart.AppVersion | quote }} }
 - { name: CONNITO_NATS_URL, value: {{ include "connito.busUrl" .root | quote }} }
 - { name: CONNITO_KEY_FILE, value: {{ printf "/etc/connito/key/%s" .root.Values.keyName | quote }} }
 - { name: CONNITO_ROSTER, value: {{ printf "/etc/connito/roster/%s" .root.Values.roster.key | quote }} }
@@ -231,6 +233,13 @@ spec:
         {{- with $conf.tokenSecret }}
         - name: CONNITO_CONSOLE_TOKEN
           valueFrom: { secretKeyRef: { name: {{ . | quote }}, key: {{ $conf.tokenKey | quote }} } }
+        {{- end }}
+        {{- with include "connito.serveUrl" $root }}
+        - { name: CONNITO_CONSOLE_SERVE_URL, value: {{ . | quote }} }
+        {{- end }}
+        {{- with $conf.serve.secretName }}
+        - name: CONNITO_CONSOLE_SERVE_KEY
+          valueFrom: { secretKeyRef: { name: {{ . | quote }}, key: {{ $conf.serve.secretKey | quote }} } }
         {{- end }}
         {{- with $conf.userHeader }}
         - { name: CONNITO_CONSOLE_USER_HEADER, value: {{ . | quote }} }

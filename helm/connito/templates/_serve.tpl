@@ -1,3 +1,9 @@
+{{/* Where the console finds a server of experts; empty where it has no key of this release's own. */}}
+{{- define "connito.serveUrl" -}}
+{{- $own := and .Values.serve.enabled .Values.console.serve.secretName -}}
+{{- .Values.console.serve.url | default (ternary (printf "http://%s.%s.svc/v1" (include "connito.object" (list . "serve")) .Release.Namespace) "" (not (empty $own))) -}}
+{{- end -}}
+
 {{- define "connito.objects.serve" -}}
 {{- if .Values.serve.enabled }}
 {{- $conf := mergeOverwrite (deepCopy .Values.pods) (deepCopy .Values.serve) }}
@@ -78,7 +84,12 @@ spec:
   ingress:
     - ports: [{ port: http, protocol: TCP }]
       {{- with $conf.from }}
-      from: {{- toYaml . | nindent 8 }}
+      from:
+        - podSelector:
+            matchLabels:
+              {{- include "connito.selector" $ | nindent 14 }}
+              app.kubernetes.io/component: console
+        {{- toYaml . | nindent 8 }}
       {{- end }}
 {{- end }}
 {{- end }}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from connito.errors import Fatal, Invalid
-from connito.runtime.variables import PREFIX, unknown
+from connito.runtime.variables import PREFIX, is_older, unknown
 from connito.wire.addresses import broker_addresses
 from connito.wire.subjects import check_token
 from connito.wire.tls import Tls
@@ -107,7 +108,10 @@ class ServiceSettings(BaseSettings):
         """Read the environment. Raises `Fatal` naming each variable that is missing or wrong, or that nothing reads."""
         own = (PREFIX + name.upper() for name in cls.model_fields)
         if strange := "; ".join(unknown(os.environ, own)):
-            raise Fatal(f"bad settings: {strange}. `--help` lists the variables of this service")
+            version: str = sys.modules["connito"].__version__
+            if not is_older(version, os.environ):
+                raise Fatal(f"bad settings: {strange}. `--help` lists the variables of this service")
+            print(f"warning: {strange}; they were written for a version after {version}", file=sys.stderr)
         try:
             return cls()  # type: ignore[call-arg]  # the environment fills them in
         except ValidationError as error:

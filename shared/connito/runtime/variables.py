@@ -22,7 +22,7 @@ TORCH_THREADS TRAINER_ADVERSARY TRAINER_SECOND_VICTIM_DIR TRAINER_VICTIM_DIR WOR
 """
 # What commands, Compose files, scripts and tests read.
 _ELSEWHERE = """
-BIND DATA_DIR IMAGE IMAGES_DIR IMAGE_CUDA MINER_KEY PACKAGE PORT_FILE PUBLIC_HOST ROSTER_FILE SCREENSHOTS SECRETS
+BIND DATA_DIR FOR_VERSION IMAGE IMAGES_DIR IMAGE_CUDA MINER_KEY PACKAGE PORT_FILE PUBLIC_HOST ROSTER_FILE SCREENSHOTS SECRETS
 SERVE_BASE SERVE_BATCH_TOKENS SERVE_CACHE_TOKENS SERVE_DIR SERVE_EXPERTS SERVE_HOST SERVE_KEYS SERVE_NAME SERVE_PORT
 SERVE_REQUESTS SERVE_WAITING SHELF TAG TEST_DATA TORCH
 """
@@ -30,6 +30,14 @@ SETTINGS = frozenset(PREFIX + name for name in _SETTINGS.split())
 KNOWN = SETTINGS | {PREFIX + name for name in _ELSEWHERE.split()}
 # Kubernetes and Docker describe a Service called `connito…` to every pod beside it in variables of these forms.
 _LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+
+
+def is_older(version: str, environment: Mapping[str, str]) -> bool:
+    """Return whether `environment` was written for a version after this one, whose variables this one need not know."""
+    written_for = environment.get(f"{PREFIX}FOR_VERSION", "")
+    return all(re.fullmatch(r"\d+(\.\d+)*", one) for one in (version, written_for)) and (
+        [int(part) for part in version.split(".")] < [int(part) for part in written_for.split(".")]
+    )
 
 
 def unknown(environment: Mapping[str, str], own: Iterable[str] = ()) -> Iterator[str]:

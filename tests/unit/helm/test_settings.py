@@ -28,14 +28,14 @@ def known(service: str) -> set[str]:
         options = (ROOT / "shared/connito/cli/serve.py").read_text()
         return {"CONNITO_SHELF", *(f"CONNITO_SERVE_{name}" for name in re.findall(r'_variable\("(\w+)"\)', options))}
     if service not in SERVICES:
-        return {row[0] for row in ServiceSettings.describe()}
+        return {row[0] for row in ServiceSettings.describe()} | {"CONNITO_FOR_VERSION"}
     module = importlib.import_module(f"services.{service}.settings")
     (settings,) = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, ServiceSettings) and value.__module__ == module.__name__
     ]
-    return {row[0] for row in settings.describe()}
+    return {row[0] for row in settings.describe()} | {"CONNITO_FOR_VERSION"}
 
 
 def ours(variables: Any) -> set[str]:

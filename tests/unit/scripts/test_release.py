@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-FILES = ("CHANGELOG.md", "pyproject.toml", "shared/connito/__init__.py", "helm/connito/Chart.yaml", "scripts/release")
+FILES = ("CHANGELOG.md", "pyproject.toml", "shared/connito/__init__.py", "helm/connito/Chart.yaml", "deploy/compose.yaml", "scripts/release")
 WHO = ("-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false")
 
 
@@ -57,6 +57,8 @@ def test_unreleased_becomes_a_version_with_a_date(clone: Path) -> None:
     assert '\n__version__ = "0.2.0"\n' in (clone / "shared/connito/__init__.py").read_text()
     chart = yaml.safe_load((clone / "helm/connito/Chart.yaml").read_text())
     assert (chart["version"], chart["appVersion"]) == ("0.2.0", "0.2.0")
+    compose = yaml.safe_load((clone / "deploy/compose.yaml").read_text())
+    assert compose["x-environment"]["CONNITO_FOR_VERSION"] == "0.2.0"
     assert git(clone, "log", "-1", "--format=%s").strip() == "Release 0.2.0"
     assert git(clone, "status", "--porcelain") == ""
 

@@ -82,6 +82,19 @@ def test_a_service_does_not_start_with_a_misspelt_setting(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("written_for", "starts"), [("0.1.0", False), ("0.0.9", False), ("99.0.0", True), ("0.99", True), ("soon", False)]
+)
+def test_a_service_passes_over_what_was_written_for_a_version_after_it(written_for: str, starts: bool) -> None:
+    command = [sys.executable, "-m", "services.library"]
+    env = clean(CONNITO_FOR_VERSION=written_for, CONNITO_LOGLEVEL="debug", CONNITO_DRAIN_SECONDS="never")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert ("they were written for a version after" in done.stderr) is starts
+    # What it does know is held to its own rules all the same.
+    assert ("CONNITO_DRAIN_SECONDS: input should be" in done.stderr) is starts
+
+
 def test_a_command_warns_once_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "connito.cli", "--version"]
     done = subprocess.run(
