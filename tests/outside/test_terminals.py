@@ -79,3 +79,43 @@ def test_a_program_of_its_own() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Usage: " in done.stdout
     assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("name", ["größe", "日"])
+def test_files_with_such_names_are_found_where_the_locale_is_another(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.txt").write_text("Some words of it.")
+    text = f"{{domain: words, base: tiny, profile: tiny, license: MIT, data_statement: ours, data: [{{path: {name}.txt}}]}}"
+    (tmp_path / "job.yaml").write_bytes(text.encode())
+    program = [sys.executable, "-P", "-m", "connito.cli", "job", "check", "job.yaml"]
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, check=False)
+
+    assert done.returncode == 3
+    assert b"1 row in 1 file; 1 as text" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_platform_s_folder_without_a_name_in_utf_8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = printed(monkeypatch, "utf-8", "up", "--base", "tiny", "--data-dir", os.fsdecode(b"gr\xf6"))
+
+    assert code == 3
+    assert "not in UTF-8; choose another by --data-dir" in err
+
+
+def test_a_reader_who_leaves_is_no_failure() -> None:
+    source = """
+import typer
+from connito.runtime.exits import explained
+app = typer.Typer()
+@app.command()
+def up() -> None:
+    raise BrokenPipeError(32, "Broken pipe")
+with explained():
+    app([])
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -14,8 +14,21 @@ def main() -> None:
     from connito.runtime.printing import print_anything
     from connito.runtime.variables import unknown
 
+    _with_utf8()
     print_anything()
     for sentence in unknown(os.environ):
         print(f"connito: warning: {sentence}", file=sys.stderr)
     with explained():
         app()
+
+
+def _with_utf8() -> None:
+    """Start again with files and their names in UTF-8 where the locale says otherwise; what is printed stays in its encoding."""
+    import locale
+    import os
+    import sys
+
+    if locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") == "utf8":
+        return
+    os.environ.update(PYTHONUTF8="1", PYTHONIOENCODING=f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program

@@ -131,10 +131,17 @@ def acts(folder: Folder, as_json: JsonFlag = False) -> None:
     frame = ("act", "unix_ms", "user", "by", "previous", "hash")
     cells = [
         (formats.moment(row["unix_ms"]), row["user"], row["act"],
-         ", ".join(f"{name} {value}" for name, value in row.items() if name not in frame and value not in (None, [])),
+         ", ".join(f"{name} {_plain(value)}" for name, value in row.items() if name not in frame and value not in (None, [])),
          row["hash"][:16]) for row in rows
     ]  # fmt: skip
     emit(as_json, {"acts": rows}, lambda: table(("when", "user", "act", "of", "hash"), cells, "nothing yet"))
+
+
+def _plain(value: object) -> str:
+    """Return lists and maps as people write them."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_plain(one)}" for name, one in value.items())
+    return " ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 @app.command("rotate")

@@ -143,7 +143,8 @@ class Installation:
         """Start services and keep them running."""
         plain = PlainLauncher()
         for role in roles:
-            await self.supervisor.start(self._program(role), self.fork_server if role.service in MODEL_SIDE else plain)
+            launcher = self.fork_server if role.service in MODEL_SIDE else plain
+            await self.supervisor.start(self._program(role), launcher, spare=role.service == "trainer")
 
     def services(self) -> list[Role]:
         """Return one process for each service of the control plane."""

@@ -25,6 +25,8 @@ from connito.runtime.tasks import end_tasks
 GIVE_UP_AFTER = 6
 GIVE_UP_WITHIN = 30.0
 _FIRST_DELAY, _LAST_DELAY = 0.2, 5.0
+# One that others can do without is tried again after this long.
+_ASIDE_SECONDS = 60.0
 _LOOK_EVERY = 0.25
 # With less than this free nothing that is started can write, which is no fault of its own.
 _FULL_BYTES = 16 << 20
@@ -39,13 +41,15 @@ class _Supervised:
     module: str = ""
     pid: int = 0
     restarts: int = 0
+    spare: bool = False
+    aside: bool = False
     process: Process | None = None
     deaths: list[float] = field(default_factory=list)
 
     def died(self, code: int, now: float) -> float:
         """Return the seconds until the next start. Raises `Fatal` when there have been too many."""
         self.deaths = [*(then for then in self.deaths if now - then < GIVE_UP_WITHIN), now]
-        if len(self.deaths) >= GIVE_UP_AFTER:
+        if len(self.deaths) >= (1 if self.aside else GIVE_UP_AFTER):
             raise Fatal(
                 f"{self.name} ended {len(self.deaths)} times within {GIVE_UP_WITHIN:.0f} s ({describe_exit(code)}). "
                 f"Its log, {self.log}, ends with:\n{last_lines(self.log)}"
@@ -83,9 +87,9 @@ class Supervisor:
         self._write_pids()
         self._keep(self._watch_server(kept, server))
 
-    async def start(self, program: Program, launcher: Launcher) -> None:
-        """Start a service and keep it running."""
-        kept = self._kept[program.name] = _Supervised(program.name, program.log, program.module)
+    async def start(self, program: Program, launcher: Launcher, *, spare: bool = False) -> None:
+        """Start a service and keep it running. A `spare` one that keeps dying is set aside while others of them live."""
+        kept = self._kept[program.name] = _Supervised(program.name, program.log, program.module, spare=spare)
         await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
         self._keep(self._watch_service(kept, program, launcher))
 
@@ -109,7 +113,13 @@ class Supervisor:
         while True:
             assert kept.process is not None
             code = await asyncio.shield(kept.process.exited)
-            await self._rest(kept, code)
+            try:
+                await self._rest(kept, code)
+            except Fatal:
+                kept.aside = True
+                if not any(one.spare and not one.aside for one in self._kept.values()) or not kept.spare:
+                    raise
+                await self._set_aside(kept, code)
             self._again(kept, code)
             await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
 
@@ -158,6 +168,15 @@ class Supervisor:
             told, kept.deaths = True, []
             await asyncio.sleep(_FIRST_DELAY)
         await asyncio.sleep(kept.died(code, time.monotonic()))
+
+    async def _set_aside(self, kept: _Supervised, code: int) -> None:
+        kept.pid = 0
+        self._write_pids()
+        self._announce(
+            f"{kept.name} keeps ending ({describe_exit(code)}) and is set aside for {_ASIDE_SECONDS:.0f} s; the others go on, as "
+            f"far as the run's windows.min_miners lets them. Its log is {kept.log}"
+        )
+        await asyncio.sleep(_ASIDE_SECONDS)
 
     def _again(self, kept: _Supervised, code: int) -> None:
         kept.restarts += 1

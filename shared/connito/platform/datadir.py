@@ -53,6 +53,12 @@ class DataDir:
         """Make the folder where it is missing. Raises `Invalid` naming it when that cannot be done."""
         path = cls.at(root).root
         try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise Invalid(
+                f"the name of the data directory {path} is not in UTF-8; choose another by --data-dir"
+            ) from error
+        try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             (path / "logs").mkdir(exist_ok=True, mode=0o700)
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):

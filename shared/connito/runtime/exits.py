@@ -40,6 +40,11 @@ def explained() -> Iterator[None]:
         raise SystemExit(Invalid.exit_code) from error
     except BrokenPipeError as error:
         raise SystemExit(0) from error
+    except SystemExit as ended:
+        # What parses the command line ends with 1 there: the reader of our output has left, as `head` does.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise SystemExit(0) from ended
+        raise
     except OSError as error:
         # About this machine, by the file's name (rights, a full disk) or by the kind; else it is a fault of ours.
         if error.filename is None and error.errno not in _REMEDIES:

@@ -41,9 +41,7 @@ def ports(spec: Object) -> dict[str, int]:
     return {one["name"]: one["containerPort"] for part in spec["containers"] for one in part.get("ports", [])}
 
 
-def lets(
-    rules: list[Object], peers: str, other: dict[str, str], port: int, names: dict[str, int]
-) -> bool:
+def lets(rules: list[Object], peers: str, other: dict[str, str], port: int, names: dict[str, int]) -> bool:
     """Whether one of these rules lets a port be reached, from or to pods with these labels."""
     for rule in rules:
         if rule.get("ports") and port not in {names.get(one["port"], one["port"]) for one in rule["ports"]}:
@@ -103,7 +101,9 @@ def test_no_policy_stops_what_a_pod_is_told_to_call(name: str) -> None:
 def test_paths_to_nats_and_to_the_server_of_experts_are_among_those_looked_at() -> None:
     assert blocked(rendered("bundled"))[1] >= 7
     assert blocked(rendered("console that tries experts"))[1] >= 1
-    less = tuple(item for item in rendered("console that tries experts") if "page-to-serve" not in item["metadata"]["name"])
+    less = tuple(
+        item for item in rendered("console that tries experts") if "page-to-serve" not in item["metadata"]["name"]
+    )
     assert blocked(less)[0] == ["Egress Deployment/connito-console -> Deployment/connito-serve:8080"]
 
 

@@ -15,7 +15,14 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-FILES = ("CHANGELOG.md", "pyproject.toml", "shared/connito/__init__.py", "helm/connito/Chart.yaml", "deploy/compose.yaml", "scripts/release")
+FILES = (
+    "CHANGELOG.md",
+    "pyproject.toml",
+    "shared/connito/__init__.py",
+    "helm/connito/Chart.yaml",
+    "deploy/compose.yaml",
+    "scripts/release",
+)
 WHO = ("-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false")
 
 

@@ -120,6 +120,39 @@ async def test_a_service_that_cannot_live_fails_with_the_end_of_its_log(
     await supervisor.stop()
 
 
+async def test_one_of_several_that_cannot_live_is_set_aside_and_tried_again(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(supervising, "_ASIDE_SECONDS", 0.05)
+    monkeypatch.setattr(supervising, "GIVE_UP_AFTER", 3)
+    said, listed = list[str](), list[set[str]]()
+
+    def announce(line: str) -> None:
+        if "is set aside" in line:
+            said.append(line)
+            listed.append(set(data.read_pids()))
+
+    supervisor = Supervisor(data, announce)
+    good, bad = program("good", ENDLESS), program("bad", "import sys; sys.exit(9)")
+    for one in (good, bad):
+        await supervisor.start(one, PlainLauncher(), spare=True)
+    await until(lambda: len(said) >= 2)
+    assert said[0].startswith("bad keeps ending (exit code 9) and is set aside for")
+    assert str(bad.log) in said[0]
+    assert listed[:2] == [{"good"}, {"good"}]
+    assert not supervisor.failed.done()
+    # The last one that lives ends everything when it cannot.
+    for _ in range(3):
+        await until(lambda: supervisor.failed.done() or is_running(data.read_pids()["good"]["pid"]))
+        if not supervisor.failed.done():
+            os.kill(data.read_pids()["good"]["pid"], signal.SIGKILL)
+            await gone(data.read_pids()["good"]["pid"])
+    with pytest.raises(Fatal, match="good ended 3 times"):
+        await asyncio.wait_for(supervisor.failed, PATIENCE)
+    await supervisor.stop()
+
+
 async def test_what_dies_for_want_of_room_is_never_given_up(
     data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
