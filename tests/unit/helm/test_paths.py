@@ -22,7 +22,7 @@ def chosen(selector: dict[str, Any], labels: dict[str, str]) -> bool:
         assert rule["operator"] == "In"
         if labels.get(rule["key"]) not in rule["values"]:
             return False
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
 
 
 def workloads(objects: tuple[Object, ...]) -> dict[str, tuple[dict[str, str], Object]]:
