@@ -26,6 +26,8 @@ from connito.wire.locked import unlocked
 log = get_logger("committer.content")
 
 REMEMBERED, BASES = 10_000, 16
+# What is this small is read into memory: making its file in the cache would cost more than all of its examination.
+SMALL = 1 << 17
 
 
 class ContentCheck:
@@ -71,10 +73,11 @@ class ContentCheck:
         async with self._slots:
             try:
                 # What lies in the cache under this digest, perhaps in another realm, says nothing about the store.
-                path = await self._store.fetch(artifact, stored=True)
+                small, stored = artifact.size <= SMALL, self._store
+                found = await (stored.get_bytes(artifact) if small else stored.fetch(artifact, stored=True))
             except (ObjectMissing, ObjectDamaged, Retry) as error:
                 return await self._not_as_said(artifact, error)
-            return await self._check(facts, path, artifact, base)
+            return await self._check(facts, found, artifact, base)
 
     async def _not_as_said(self, artifact: ArtifactRef, error: ConnitoError) -> Refusal:
         """Return the refusal of what is not in the store, or is something else there. Raises `error` for a fault of the store."""
@@ -90,10 +93,12 @@ class ContentCheck:
             return Refusal(reasons_pb2.REASON_DIGEST_MISMATCH, Refusal.of(error).finding)
         raise error
 
-    async def _check(self, facts: RunFacts, path: Path, artifact: ArtifactRef, base: ArtifactRef) -> Refusal | None:
+    async def _check(
+        self, facts: RunFacts, found: Path | bytes, artifact: ArtifactRef, base: ArtifactRef
+    ) -> Refusal | None:
         async def by(start: Path) -> Refusal | None:
             spec, selection = facts.require_spec(), facts.require_selection()
-            refusal = await asyncio.to_thread(check_artifact, path, artifact, start, spec, selection)
+            refusal = await asyncio.to_thread(check_artifact, found, artifact, start, spec, selection)
             self._bases[base.digest] = start
             if len(self._bases) > BASES:
                 self._bases.popitem(last=False)
@@ -109,17 +114,20 @@ class ContentCheck:
 
 
 def check_artifact(
-    path: Path, artifact: ArtifactRef, base: Path, spec: RunSpec, selection: SelectionMade
+    found: Path | bytes, artifact: ArtifactRef, base: Path, spec: RunSpec, selection: SelectionMade
 ) -> Refusal | None:
-    """Return why an upload, the file at `path`, is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
+    """Return why an upload, a file or its bytes, is no submission to a cycle whose θ_t is at `base`; None when it is one. Raises
     only for what is wrong with this machine.
     """
     expected = read_header(base)
     try:
         with ExitStack() as stack:
-            rows = path
+            rows = found
             if artifact.key or is_coded(spec.training):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="connito-examine-")))
+                path = found if isinstance(found, Path) else folder / "upload"
+                if isinstance(found, bytes):
+                    path.write_bytes(found)
                 rows = decoded(unlocked(path, artifact, folder), base, spec.training, folder)
             validate_move(rows, expected, base, spec, selection)
     except Exception as error:  # a hostile file must not be able to stop the service
@@ -127,7 +135,7 @@ def check_artifact(
             raise
         if isinstance(error, Invalid):
             return Refusal.of(error)
-        log.error("an artifact broke its examination", security=True, path=str(path), error=repr(error))
+        log.error("an artifact broke its examination", security=True, digest=artifact.digest, error=repr(error))
         text = f"the file cannot be read as safetensors: {error!r}"
         return Refusal.of(Invalid(text, reason=reasons_pb2.REASON_BAD_HEADER))
     return None

@@ -99,7 +99,11 @@ def check_header(
 
 
 def validate_move(
-    source: Path | str, layout: Layout | Header, start: Path | str | None, spec: RunSpec, selection: SelectionMade
+    source: Path | str | bytes,
+    layout: Layout | Header,
+    start: Path | str | None,
+    spec: RunSpec,
+    selection: SelectionMade,
 ) -> Header:
     """Check a submission as everybody does who judges one: its norm by `start`, the state θ_t that its own cycle started
     from, or not at all where that is lost. Over a run the state may move as far as it likes. What it claims has to be a claim.

@@ -40,6 +40,12 @@ class Shelf:
             self.began.append(ref.digest)
             return self.states.get(ref.digest, self.good)
         assert stored, "what another realm has in the cache was not uploaded"
+        return await self._uploaded()
+
+    async def get_bytes(self, ref: ArtifactRef) -> bytes:
+        return (await self._uploaded()).read_bytes()
+
+    async def _uploaded(self) -> Path:
         if not self.upload.exists():
             raise ObjectMissing("nothing was uploaded")
         self.fetched += 1
@@ -63,8 +69,9 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path, save(STATE))
 
 
-@pytest.fixture
-def check(shelf: Shelf) -> ContentCheck:
+@pytest.fixture(params=[0, content.SMALL], ids=["a file", "in memory"])
+def check(shelf: Shelf, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ContentCheck:
+    monkeypatch.setattr(content, "SMALL", request.param)
     return ContentCheck(shelf, 2)  # type: ignore[arg-type]
 
 
@@ -76,6 +83,19 @@ async def test_a_good_artifact_is_examined_once_however_many_ask(
     assert answers == [None] * 5
     assert await check(facts, artifact("ma", 1), theta(1)) is None
     assert shelf.fetched == 1
+
+
+async def test_a_small_upload_makes_no_file(facts: RunFacts, shelf: Shelf) -> None:
+    """Some hundred thousand miners a day would leave as many in the cache, each dearer to make than to examine."""
+    shelf.upload.write_bytes(save(STATE))
+    large = artifact("ma", 1, content.SMALL + 1)
+    shelf.fetch = None  # type: ignore[assignment]
+    check = ContentCheck(shelf, 2)  # type: ignore[arg-type]
+    check._bases[theta(1).digest] = shelf.good
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+    check._verdicts.clear()
+    with pytest.raises(TypeError):
+        await check(facts, large, theta(1))
 
 
 async def test_what_is_missing_is_looked_for_again(facts: RunFacts, shelf: Shelf, check: ContentCheck) -> None:
