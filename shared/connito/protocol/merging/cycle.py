@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connito.data.codecs.file import CODED
-from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.data.pseudo_gradients import DeltaFiles
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
@@ -90,12 +90,13 @@ def merge_cycle(
     losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
     another one.
     """
-    files, faulty, gram = _inspect(facts, submissions, files, folder)
+    files, faulty, weights = _inspect(facts, submissions, files, folder)
     refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
     sound = _sorted(entry for entry in submissions if entry.miner not in refused)
-    ingredients = _ingredients(facts, sound, agreed, cycle, files, gram)
-    copied, leaning = _whose(facts, cycle, agreed, ingredients, _clear(facts, files.earlier, folder))
+    before = len(files.earlier)
+    ingredients = _ingredients(facts, sound, agreed, cycle, files, weights[before:, before:])
+    copied, leaning = _whose(facts, cycle, agreed, ingredients, files.earlier, weights)
     own = [place for place, entry in enumerate(sound) if entry.miner not in copied]
     gainless = _gainless(facts, agreed, ingredients)
     useful = ingredients.only([place for place in own if ingredients.utilities[place] > 0 or place in gainless])
@@ -124,9 +125,17 @@ def _gainless(facts: RunFacts, agreed: Consensus, inputs: MergeInputs) -> frozen
 
 
 def _whose(
-    facts: RunFacts, cycle: int, agreed: Consensus, inputs: MergeInputs, earlier: Sequence[EarlierWork]
+    facts: RunFacts,
+    cycle: int,
+    agreed: Consensus,
+    inputs: MergeInputs,
+    earlier: Sequence[EarlierWork],
+    weights: NDArray[np.float64],
 ) -> tuple[Refusals, Leaning]:
-    """Return the copies among submissions that are in order, and who is paid a part; by the rules of the run's version."""
+    """Return the copies among submissions that are in order, and who is paid a part; by the rules of the run's version.
+
+    `weights` are inner products of `earlier`, then of the submissions.
+    """
     spec, sound = facts.require_spec(), inputs.submissions
     measured = gains_of(read_reports(facts, cycle).counted)
     evidence = CopyEvidence(inputs.gram, measured, agreed.stakes)
@@ -135,7 +144,6 @@ def _whose(
     drawn = facts.drawn(cycle)
     states = [*(work.state for work in earlier), *inputs.deltas.states]
     bases = [*(work.base for work in earlier), *inputs.deltas.bases]
-    weights = gram_matrix(DeltaFiles(states, bases)) if earlier and sound else inputs.gram
     functions = function_gram(states, bases, b"" if drawn is None else drawn.seed)
     # Experts of a form that is not known are compared by their weights alone.
     functions = functions if functions.any() else weights
@@ -168,7 +176,7 @@ def _inspect(
 ) -> tuple[Files, Refusals, NDArray[np.float64]]:
     """Unlock and decode every submission into `folder` and look at it once more: a version is checked where it is made.
 
-    Return the inner products of those that are in order, too.
+    Return the inner products of earlier works and of those that are in order, too. Without any of now, none is compared.
     """
     spec, layout = facts.require_spec(), expected_layout(files.parent)
     refused: dict[str, Refusal] = {}
@@ -184,10 +192,12 @@ def _inspect(
         except Invalid as error:
             refused[entry.miner] = Refusal.of(error)
     bases = [files.bases[miner] for miner in states]
-    found = inspect(list(states.values()), bases, layout, spec.scoring.max_relative_norm or math.inf)
+    earlier = _clear(facts, files.earlier, folder) if states else []
+    beside = [work.state for work in earlier], [work.base for work in earlier]
+    found = inspect(list(states.values()), bases, layout, spec.scoring.max_relative_norm or math.inf, beside)
     miners = list(states)
     refused |= {miners[place]: refusal for place, refusal in found.refused.items()}
-    return replace(files, states=states), refused, found.gram
+    return replace(files, states=states, earlier=earlier), refused, found.gram
 
 
 def _ingredients(

@@ -25,24 +25,34 @@ from connito.protocol.submission import BLOCK, Layout, check_header, check_move,
 from connito.runtime.compute import usable_cores
 
 Flat = NDArray[np.float32]
+# Files of states, and of those that each began from.
+Moves = tuple[Sequence[Path], Sequence[Path]]
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """Findings of one pass: why files are refused, by their place, and inner products [n, n] of the others in their order."""
+    """Findings of one pass: why files are refused, by their place, and inner products [n, n] of those that were judged before and
+    of the others, in their order."""
 
     refused: Mapping[int, Refusal]
     gram: NDArray[np.float64]
 
 
-def inspect(states: Sequence[Path], bases: Sequence[Path], layout: Layout, max_relative_norm: float) -> Inspected:
-    """Check states of a layout that were trained from `bases`, as `validate` does, and measure how they moved.
+def inspect(
+    states: Sequence[Path], bases: Sequence[Path], layout: Layout, max_relative_norm: float, beside: Moves = ((), ())
+) -> Inspected:
+    """Check states of a layout that were trained from `bases`, as `validate` does, and measure how they moved, beside some that
+    were judged before.
 
-    Memory: one block of each file, and of the next. Raises an `Environment` for what is wrong with this machine.
+    Memory: one block of each file, and of the next. Raises an `Environment` for what is wrong with this machine, and `Invalid`
+    where what was judged before has another form.
     """
     refused: dict[int, Refusal] = {}
     readers: dict[int, _File] = {}
-    origins = {base: _File(base, read_header(base)) for base in set(bases)}
+    origins = {base: _File(base, read_header(base)) for base in {*bases, *beside[1]}}
+    began = dict(enumerate(bases))
+    for place, (state, base) in enumerate(zip(*beside, strict=True), -len(beside[0])):
+        readers[place], began[place] = _File(state, check_header(state, layout, origins[base].header)), base
     for place, (state, base) in enumerate(zip(states, bases, strict=True)):
         try:
             readers[place] = _File(state, check_header(state, layout, origins[base].header))
@@ -51,13 +61,14 @@ def inspect(states: Sequence[Path], bases: Sequence[Path], layout: Layout, max_r
         except Invalid as error:
             refused[place] = Refusal.of(error)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        reading = _Reading(readers, {place: origins[bases[place]] for place in readers}, pool)
+        reading = _Reading(readers, {place: origins[began[place]] for place in readers}, pool)
         for name in sorted(layout) if readers else ():
             reading.add(name, layout[name][0], math.prod(layout[name][1]), max_relative_norm)
     refused |= reading.refused
     if reading.refused:
-        left = [place for place in readers if place not in refused]
-        gram = gram_matrix(DeltaFiles([states[place] for place in left], [bases[place] for place in left]))
+        left = [place for place in range(len(states)) if place not in refused]
+        kept = [*beside[0], *(states[place] for place in left)], [*beside[1], *(bases[place] for place in left)]
+        gram = gram_matrix(DeltaFiles(*kept))
     else:
         gram = rounded_gram(reading.total)
     return Inspected(refused, gram)
@@ -85,7 +96,7 @@ class _Block:
 
 
 class _Reading:
-    """Files at once, in the order of their places. `origins`: the base of each."""
+    """Files at once, in the order of their places; those below 0 were judged before. `origins`: the base of each."""
 
     def __init__(self, files: Mapping[int, _File], origins: Mapping[int, _File], pool: ThreadPoolExecutor) -> None:
         self._files, self._origins, self._pool = files, origins, pool
@@ -99,10 +110,10 @@ class _Reading:
             for place, block in blocks.items():
                 moved[place] += block.moved
                 norm[place] += block.norm
-                if block.fault is not None:
+                if block.fault is not None and place >= 0:
                     self.refused.setdefault(place, Refusal.of(block.fault))
             self._multiply([block.delta for block in blocks.values()])
-        for place in self._files:
+        for place in (place for place in self._files if place >= 0):
             try:
                 check_move(name, moved[place], norm[place], max_relative_norm)
             except Invalid as error:

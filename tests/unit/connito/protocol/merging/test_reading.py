@@ -106,6 +106,28 @@ def test_a_file_of_another_form_is_refused_before_its_numbers_are_read(tmp_path:
     assert found == {0: reasons.REASON_WRONG_TENSORS, 2: reasons.REASON_BAD_HEADER}
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_judged_before_is_measured_beside_and_not_judged_again(tmp_path: Path, broken: bool) -> None:
+    """A run's limit is for works of this cycle; one of them that is refused has no row."""
+    base, older = state(tmp_path / "base", 0), state(tmp_path / "older", 1)
+    before = [state(tmp_path / f"e{seed}", seed + 20, scale=9.0) for seed in range(2)]
+    now = [state(tmp_path / f"s{seed}", 0, layers__0__up_proj=float(seed)) for seed in range(3)]
+    if broken:
+        now[1] = state(tmp_path / "broken", 0, layers__1__up_proj=math.nan)
+    found = inspect(now, [base] * 3, expected_layout(base), 2.0, (before, [older] * 2))
+    assert list(found.refused) == ([1] if broken else [])
+    left = [path for path in now if not broken or path != now[1]]
+    expected = gram_matrix(DeltaFiles([*before, *left], [older, older, *[base] * len(left)]))
+    assert found.gram.tobytes() == expected.tobytes()
+
+
+def test_what_was_judged_before_and_has_another_form_is_nobodys_fault_of_now(tmp_path: Path) -> None:
+    base, odd = state(tmp_path / "base", 0), tmp_path / "odd"
+    write_tensors(odd, {"layers.0.up_proj": np.zeros(1, np.float32)})
+    with pytest.raises(Invalid):
+        inspect([state(tmp_path / "a", 1)], [base], expected_layout(base), 9.0, ([odd], [base]))
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     found = inspect([], [], expected_layout(state(tmp_path / "base", 0)), 1.0)
     assert (found.refused, found.gram.shape) == ({}, (0, 0))
@@ -122,5 +144,5 @@ def test_each_block_of_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.M
         return block(self, name, part)
 
     monkeypatch.setattr(reading._File, "block", counted)
-    inspect(states, [base] * 3, expected_layout(base), 1e9)
-    assert len(read) == len(set(read)) == 4 * sum(-(-math.prod(shape) // 16) for shape in SHAPES.values())
+    inspect(states, [base] * 3, expected_layout(base), 1e9, ([state(tmp_path / "before", 9)], [base]))
+    assert len(read) == len(set(read)) == 5 * sum(-(-math.prod(shape) // 16) for shape in SHAPES.values())
