@@ -1,8 +1,8 @@
-"""Merging a cycle's files: seconds of one merge, and of its parts, beside those that reading the files once takes.
+"""Merging a cycle's files: seconds and CPU seconds of one merge, and CPU seconds of its parts, beside reading the files once.
 
-Twenty submissions of random moves from one state, and as many of the cycle before, which they are held against. Each time is
-taken after the files were dropped from the kernel's cache, and the gate measures nothing. Forwards of a model, fetching and
-unlocking are not in it.
+Twenty submissions of random moves from one state, alone and with as many of the cycle before, which they are held against. Each
+time is taken after the files were dropped from the kernel's cache, and the gate measures nothing. Forwards of a model,
+fetching and unlocking are not in it.
 
     python -m bench.merge_pass --quick
 """
@@ -14,7 +14,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +27,17 @@ from connito.protocol.merging import candidates, cycle
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
+from connito.protocol.policy.law import DEFAULTS
 from connito.protocol.scoring.consensus import Consensus
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
-from safetensors.numpy import save_file
-from tests.support.run import Run, ref
+from safetensors.numpy import load_file, save_file
 
 from bench.harness import Options, Result, main, note
+from tests.support.run import Run, ref
 
 MINERS, LAYERS, EXPERTS = 20, 4, 4
+STEPS = DEFAULTS.merging.step_codec
 # What a merge consists of, by where it is called from.
 PARTS = {
     "inspect": (cycle, "inspect"),
@@ -53,8 +54,6 @@ def state(path: Path, width: int, seed: int, start: Path | None = None) -> Path:
         for name, shape in (("gate_up_proj", (2 * width, width)), ("down_proj", (width, width))):
             tensors[f"layers.{layer}.{name}"] = rng.standard_normal((EXPERTS, *shape), np.float32)
     if start is not None:
-        from safetensors.numpy import load_file
-
         before = load_file(start)
         tensors = {name: before[name] + np.float32(1e-3) * moved for name, moved in tensors.items()}
     save_file(tensors, path)
@@ -81,16 +80,16 @@ def cold_read(paths: Sequence[Path]) -> float:
 
 
 @contextmanager
-def timed(spent: Counter[str]) -> Iterator[None]:
-    """Count the seconds of each part while a merge goes on."""
+def timed(spent: dict[str, float]) -> Iterator[None]:
+    """Sum the CPU seconds of each part while a merge goes on."""
 
     def wrapped(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kw: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return work(*args, **kw)
             finally:
-                spent[name] += time.perf_counter() - began  # type: ignore[assignment]
+                spent[name] += time.process_time() - began
 
         return call
 
@@ -107,13 +106,13 @@ def timed(spent: Counter[str]) -> Iterator[None]:
             patch.stop()
 
 
-def facts(parent: ArtifactRef, entries: Sequence[cycle_pb2.Submission], coded: bool) -> Run:
+def facts(parent: ArtifactRef, entries: Sequence[cycle_pb2.Submission]) -> Run:
     """Return a run of which a second cycle is to be merged."""
     run = Run()
-    merging = run_pb2.MergePolicy(aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9)
-    if coded:
-        merging.step_codec = "ternary"
-    scoring = run_pb2.ScorePolicy(paid_ranks=10, copy_threshold=0.98, copy_span_threshold=0.5, copy_effect_threshold=0.5)
+    merging = run_pb2.MergePolicy(aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, step_codec=STEPS)
+    scoring = run_pb2.ScorePolicy(
+        paid_ranks=10, copy_threshold=0.98, copy_span_threshold=0.5, copy_effect_threshold=0.5
+    )
     spec = run.spec(cycles=9, protocol_version=PROTOCOL_VERSION, emission=100, merging=merging, scoring=scoring)
     run.created(spec).selected(initial_state=parent)
     for number in (1, 2):
@@ -137,7 +136,8 @@ def submissions(paths: Sequence[Path], number: int, parent: ArtifactRef) -> list
 
 def run(options: Options) -> Result:
     """Merge with and without works of an earlier cycle, several times."""
-    width, rounds, rows = (256 if options.quick else 512), (3 if options.quick else 5), []
+    width, rounds = (256, 3) if options.quick else (512, 5)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="connito-bench-") as name:
         folder = Path(name)
         parent = state(folder / "parent", width, 0)
@@ -146,15 +146,14 @@ def run(options: Options) -> Result:
         size = now[0].stat().st_size
         note(f"{MINERS} files of {size / 1e6:.1f} MB, {len(read_header(parent).entries)} tensors")
         for number in range(rounds):
-            for kind, earlier in (("first cycle", []), ("later cycle", before)):
+            for kind, earlier in (("first cycle", before[:0]), ("later cycle", before)):
                 rows.append({"kind": kind, "round": number, **_once(folder, parent, now, earlier, number)})
                 note(str(rows[-1]))
     figures: dict[str, Any] = {"submissions": MINERS, "megabytes_each": round(size / 1e6, 1)}
     for kind in ("first cycle", "later cycle"):
         mine = [row for row in rows if row["kind"] == kind]
-        for what in ("cold_read", "merge", "cpu", *PARTS):
-            figures[f"{kind}, {what}, s"] = round(statistics.median(row[what] for row in mine), 3)
-        figures[f"{kind}, merge over cold read"] = round(statistics.median(row["ratio"] for row in mine), 2)
+        for what in ("cold_read", "merge", "ratio", "cpu", *PARTS):
+            figures[f"{kind}, {what}"] = round(statistics.median(row[what] for row in mine), 3)
     return Result({"miners": MINERS, "width": width, "rounds": rounds}, rows, figures)
 
 
@@ -164,17 +163,15 @@ def _once(folder: Path, parent: Path, now: Sequence[Path], before: Sequence[Path
     earlier = [
         EarlierWork(entry, path, parent) for entry, path in zip(submissions(before, 1, theta), before, strict=True)
     ]
-    told = facts(theta, entries, coded=False).facts
-    agreed = Consensus(
-        utilities={entry.miner: 0.1 + place / 100 for place, entry in enumerate(entries)}, stakes={}, reasons={}
-    )
+    told = facts(theta, entries).facts
+    agreed = Consensus(utilities={entry.miner: 0.1 + place / 100 for place, entry in enumerate(entries)}, reasons={})
     files = Files(
         parent, None, {entry.miner: path for entry, path in zip(entries, now, strict=True)},
         {entry.miner: parent for entry in entries}, earlier,
     )  # fmt: skip
     cold = cold_read([parent, *now, *before])
     drop([parent, *now, *before])
-    out, spent = folder / f"out-{number}-{len(before)}", Counter[str]()
+    out, spent = folder / f"out-{number}-{len(before)}", dict.fromkeys(PARTS, 0.0)
     out.mkdir()
     losses = Losses({"medical": (1.0, 1)})
     began, cpu = time.perf_counter(), time.process_time()
@@ -182,7 +179,9 @@ def _once(folder: Path, parent: Path, now: Sequence[Path], before: Sequence[Path
         merged = merge_cycle(told, 2, entries, agreed, {}, files, lambda *_: losses, out)
     took, cpu = time.perf_counter() - began, time.process_time() - cpu
     assert merged.version.gate == cycle_pb2.GATE_DECISION_ACCEPTED, merged.version
-    return {"cold_read": cold, "merge": took, "cpu": cpu, "ratio": took / cold, **{name: spent[name] for name in PARTS}}
+    for path in out.iterdir():
+        path.unlink()
+    return {"cold_read": cold, "merge": took, "cpu": cpu, "ratio": took / cold, **spent}
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from connito.data.tensors import read_header, to_float32, view_tensor
 from connito.errors import Invalid
 from connito.v1 import reasons_pb2 as reasons
 
-# Elements per miner that are held as float64 at once while inner products are summed.
-CHUNK = 1 << 18
+# Elements per miner that are held as float64 at once while inner products are summed: few enough to stay in a core's cache.
+CHUNK = 1 << 15
 
 
 class Deltas(Protocol):
@@ -112,11 +112,19 @@ def gram_matrix(deltas: Deltas) -> NDArray[np.float64]:
     """
     total = np.zeros((deltas.count, deltas.count))
     for name in deltas.names if deltas.count else ():
-        rows = [deltas.load(index, name).reshape(-1) for index in range(deltas.count)]
-        for start in range(0, len(rows[0]), CHUNK):
-            block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in rows])
-            total += block @ block.T
+        add_products(total, [deltas.load(index, name).reshape(-1) for index in range(deltas.count)])
     return rounded_gram(total)
+
+
+def add_products(total: NDArray[np.float64], rows: Sequence[NDArray[np.float32]]) -> None:
+    """Add the inner products of flat arrays of one length to a sum of such [n, n]."""
+    size = len(rows[0])
+    block = np.empty((len(rows), min(CHUNK, size)))
+    for start in range(0, size, CHUNK):
+        part = block[:, : size - start]
+        for place, row in enumerate(rows):
+            part[place] = row[start : start + CHUNK]
+        total += part @ part.T
 
 
 def rounded_gram(total: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,8 +147,5 @@ def expert_grams(deltas: Deltas) -> dict[int, NDArray[np.float64]]:
         layer, experts = int(name.split(".")[1]), len(rows[0])
         total = totals.setdefault(layer, np.zeros((experts, deltas.count, deltas.count)))
         for expert in range(experts):
-            flat = [row[expert].reshape(-1) for row in rows]
-            for start in range(0, len(flat[0]), CHUNK):
-                block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in flat])
-                total[expert] += block @ block.T
+            add_products(total[expert], [row[expert].reshape(-1) for row in rows])
     return {layer: np.stack([rounded_gram(gram) for gram in total]) for layer, total in totals.items()}

@@ -316,11 +316,11 @@ def _raw(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def to_float32(array: Array, dtype: str) -> NDArray[np.float32]:
-    """Return values of an F32, F16 or BF16 tensor as read from a file. Exact: every such number is a float32."""
+    """Return values of an F32, F16 or BF16 tensor as read from a file; F32 as it is. Exact: every such number is a float32."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     assert dtype in {"F32", "F16"}, f"{dtype} holds no floating-point weights"
-    return array.astype(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> Array:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import Deltas, load_float32
+from connito.data.pseudo_gradients import CHUNK, Deltas, load_float32
 from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
 from connito.protocol.merging.by_expert import Grams, Routed, Shares, Use, along, middle, of_submissions, shares
@@ -225,11 +225,23 @@ def aggregate(how: Plan, deltas: Deltas, name: str) -> NDArray[np.float64]:
     total: NDArray[np.float64] | None = None
     for index, (weight, factor) in enumerate(zip(how.weights, how.factors, strict=True)):
         if weight > 0.0:
-            term = deltas.load(index, name).astype(np.float64)
-            term *= weight * factor
-            total = term if total is None else np.add(total, term, out=total)
+            rows = deltas.load(index, name)
+            first, total = total is None, np.empty(rows.shape) if total is None else total
+            _add(total, rows, weight * factor, first=first)
     assert total is not None, "the weights of a plan sum to 1"
     return total
+
+
+def _add(total: NDArray[np.float64], rows: NDArray[np.float32], scale: float, *, first: bool) -> None:
+    """Add scaled rows to a sum, or begin it with them, block by block: what is in between stays in a core's cache."""
+    out, flat = total.reshape(-1), rows.reshape(-1)
+    block = np.empty(min(CHUNK, len(flat)))
+    for start in range(0, len(flat), CHUNK):
+        part = slice(start, start + CHUNK)
+        if first:
+            np.multiply(flat[part], scale, out=out[part], dtype=np.float64)
+        else:
+            out[part] += np.multiply(flat[part], scale, out=block[: len(flat) - start], dtype=np.float64)
 
 
 def _aggregate_by_expert(how: Plan, by_expert: Shares, deltas: Deltas, name: str) -> NDArray[np.float64]:
@@ -240,8 +252,9 @@ def _aggregate_by_expert(how: Plan, by_expert: Shares, deltas: Deltas, name: str
     total: NDArray[np.float64] | None = None
     for index, (weights, factors) in enumerate(zip(by_expert.weights, by_expert.factors, strict=True)):
         rows = deltas.load(index, name)
-        term = rows.astype(np.float64) * along(weights * factors * by_expert.mass, rows)
-        total = term if total is None else total + term
+        first, total = total is None, np.empty(rows.shape) if total is None else total
+        for expert, scale in enumerate(weights * factors * by_expert.mass):
+            _add(total[expert], rows[expert], float(scale), first=first)
     assert total is not None, "a merge has submissions"
     return total
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from connito.data.pseudo_gradients import CHUNK, DeltaFiles, gram_matrix, rounded_gram
+from connito.data.pseudo_gradients import DeltaFiles, add_products, gram_matrix, rounded_gram
 from connito.data.tensors import Header, read_header, to_float32, view_tensor
 from connito.errors import Environment, Invalid
 from connito.protocol.findings import Refusal
@@ -112,7 +112,7 @@ class _Reading:
                 norm[place] += block.norm
                 if block.fault is not None and place >= 0:
                     self.refused.setdefault(place, Refusal.of(block.fault))
-            self._multiply([block.delta for block in blocks.values()])
+            add_products(self.total, [block.delta for block in blocks.values()])
         for place in (place for place in self._files if place >= 0):
             try:
                 check_move(name, moved[place], norm[place], max_relative_norm)
@@ -141,11 +141,6 @@ class _Reading:
             place: self._pool.submit(_block, name, file.block(name, part), dtype, bases[id(self._origins[place])])
             for place, file in self._files.items()
         }
-
-    def _multiply(self, deltas: Sequence[Flat]) -> None:
-        for start in range(0, len(deltas[0]), CHUNK):
-            block = np.stack([row[start : start + CHUNK].astype(np.float64) for row in deltas])
-            self.total += block @ block.T
 
 
 def _base_block(raw: NDArray[np.generic], dtype: str) -> tuple[Flat, NDArray[np.float64], float]:

@@ -9,7 +9,8 @@ import pytest
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.tensors import from_float32, read_header, read_tensors
 from connito.errors import Invalid
-from connito.protocol.merging.aggregators import OuterStep, aggregate, outer_step, plan, write_step
+from connito.protocol.merging import aggregators
+from connito.protocol.merging.aggregators import OuterStep, aggregate, outer_step, plan, plan_by_expert, write_step
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.v1 import reasons_pb2
 from hypothesis import given
@@ -31,7 +32,7 @@ class Arrays:
         return len(self.rows)
 
     def load(self, index: int, name: str) -> np.ndarray:
-        assert name == "w"
+        assert name in ("w", "layers.0.w")
         row: NDArray[Any] = self.rows[index]
         return row
 
@@ -202,3 +203,24 @@ def test_overflow_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
         write_step(how, deltas, OuterStep(tmp_path / "b", None, 5.0, 0.9), tmp_path / "s", tmp_path / "m")
     assert raised.value.reason == reasons_pb2.REASON_NON_FINITE
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 1 << 15])
+def test_sums_block_by_block_are_those_of_whole_arrays(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published is recomputed bit for bit, whatever fits a core's cache."""
+    monkeypatch.setattr(aggregators, "CHUNK", chunk)
+    rows = np.random.default_rng(3).standard_normal((3, 2, 5, 3), np.float32)
+    rows[:, 0, 0, 0] = -0.0
+    whole = plan("mean", [1.0] * 3, [0, 1, 3], np.eye(3))
+    by_expert = plan_by_expert("mean", [1.0] * 3, [0, 1, 3], {0: np.array([[4, 1], [2, 0], [1, 9]])})
+    deltas = Arrays(rows)
+    factors = [weight * factor for weight, factor in zip(whole.weights, whole.factors, strict=True)]
+    start = np.full(rows.shape[1:], -0.0)
+    expected: Any = sum((row.astype(np.float64) * by for row, by in zip(rows, factors, strict=True)), start=start)
+    assert aggregate(whole, deltas, "layers.0.w").tobytes() == expected.tobytes()
+    shares = by_expert.experts[0]
+    scales = [of * by * shares.mass for of, by in zip(shares.weights, shares.factors, strict=True)]
+    expected = sum(
+        (row.astype(np.float64) * scale.reshape(-1, 1, 1) for row, scale in zip(rows, scales, strict=True)), start=start
+    )
+    assert aggregate(by_expert, deltas, "layers.0.w").tobytes() == expected.tobytes()

@@ -25,8 +25,7 @@ SHAPES = {"layers.0.up_proj": (3, 7, 5), "layers.0.down_proj": (3, 5, 7), "layer
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("connito.protocol.merging.reading", "connito.protocol.submission"):
         monkeypatch.setattr(f"{module}.BLOCK", 16)
-    for module in ("connito.protocol.merging.reading", "connito.data.pseudo_gradients"):
-        monkeypatch.setattr(f"{module}.CHUNK", 4)
+    monkeypatch.setattr("connito.data.pseudo_gradients.CHUNK", 4)
 
 
 def state(path: Path, seed: int, dtype: str = "F32", scale: float = 1.0, **values: float) -> Path:
