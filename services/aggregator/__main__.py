@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from connito.bus.lease import LeaseKeeper
+from connito.library.deposit_plan import lacks_scores
 from connito.moe.device import device_of
 from connito.runtime.compute import ComputeBudget, load_torch
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
-from connito.v1.run_pb2 import RunEnded
+from connito.v1.run_pb2 import BenchmarksMeasured, RunEnded
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -31,7 +32,8 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
 
     def on_fact(fact: Fact) -> None:
         drop_losses(log.runs[fact.run], fact)
-        if isinstance(fact.message, RunEnded):
+        ended = isinstance(fact.message, RunEnded) and not lacks_scores(log.runs[fact.run])
+        if ended or isinstance(fact.message, BenchmarksMeasured):
             aggregator.forget(fact.run)
 
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from connito.base.loading import load_tokenizer
 from connito.bus import Bus, offences
 from connito.errors import VerificationFailed
+from connito.library.deposit_plan import Deposit, plan
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.provenance import check_settled, check_start
@@ -23,14 +25,16 @@ from connito.runtime.logs import bind_run, get_logger
 from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import artifacts_pb2, cycle_pb2
+from connito.v1.run_pb2 import BenchmarksMeasured, RunSpec
 from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
+from connito.workloads.benchmarks import fetch_named, measure
 from connito.workloads.fetching import fetch_base, fetch_holdouts
 from connito.workloads.gating import GateEvaluator
 
-from .handlers import Merge, Preload
+from .handlers import Benchmark, Merge, Preload
 
 PUBLIC = artifacts_pb2.REALM_PUBLIC
 
@@ -67,6 +71,8 @@ class Aggregator:
             case Merge(run, cycle):
                 bind_run(run, cycle)
                 await self._merge(run, cycle)
+            case Benchmark(run):
+                await self._benchmark(run)
 
     async def _preload(self, run: str) -> None:
         """Load the model and measure the state that the next merge starts from."""
@@ -116,6 +122,21 @@ class Aggregator:
                 merged = await asyncio.to_thread(work)
             await self._publish(run, cycle, merged)
 
+    async def _benchmark(self, run: str) -> None:
+        """Score base and result on the benchmarks and tasks of a run; then its model is needed no more."""
+        facts = self._facts(run)
+        spec, due = facts.require_spec(), plan(facts)
+        assert isinstance(due, Deposit), "decided on these facts"
+        files = await fetch_named(self._store, spec, self._bus.identity)
+        state, base = await self._store.fetch(due.state), await fetch_base(self._store, spec)
+        evaluator = await self._evaluator(facts)
+        async with self._budget.slot("gate"):
+            work = partial(_score, evaluator, base.files, spec, files, due.state.digest, state)
+            scores = await asyncio.to_thread(work)
+        if self._leading():
+            await self._bus.publish_fact(run, "library", 0, "benchmarked", scores)
+            self.forget(run)
+
     def _agree(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
         reports = read_reports(facts, cycle)
         for validator, why in reports.ignored.items():
@@ -163,6 +184,14 @@ class Aggregator:
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
             _report(run, merged)
+
+
+def _score(
+    evaluator: GateEvaluator, base: Mapping[str, Path], spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
+) -> BenchmarksMeasured:  # fmt: skip
+    tokenizer = load_tokenizer(base) if spec.tasks else None
+    with evaluator.alone() as whole:
+        return measure(whole, tokenizer, spec, files, digest, state)
 
 
 def _measure_both(evaluator: GateEvaluator, digest: str, state: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from connito.library.deposit_plan import lacks_scores
+from connito.library.scores import benchmark_key
 from connito.protocol.rules import checked, readable
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 
-STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE")
+STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,23 @@ class Merge:
     cycle: int
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """Score base and result of an ended run on what it names to be scored on."""
+
+    run: str
+
+
 def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
     """Decide which actions are missing. `loaded` are the runs whose model is in memory; nothing here waits for a time.
 
     VALIDATE is read in order and its `closed` is written behind everything it includes; so with it, every report that
     counts is known. `submit.settled` comes on another stream and is waited for by name.
     """
-    if facts.selection is None or facts.ended is not None:
+    if facts.ended is not None:
+        due = lacks_scores(facts)
+        return Decision([Action(benchmark_key(facts.run), facts.run, Benchmark(facts.run))] if due else [], None)
+    if facts.selection is None:
         return Decision([], None)
     actions = [] if facts.run in loaded else [Action(f"{facts.run}/preload", facts.run, Preload(facts.run))]
     for cycle in facts.recent:

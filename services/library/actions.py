@@ -16,9 +16,10 @@ from connito.library.artifact import MEDIA_TYPE, tensor_sizes, write_expert
 from connito.library.attestation import attest
 from connito.library.attestation import encode as encode_attestation
 from connito.library.card import render
-from connito.library.deposit_plan import STREAMS, Deposit, plan
+from connito.library.deposit_plan import STREAMS, Deposit, lacks_scores, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.schema import ExpertRecord
+from connito.library.scores import unscored_for
 from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
@@ -72,6 +73,8 @@ class Depositor:
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)
             return
+        if lacks_scores(facts) and not unscored_for(facts):
+            raise Retry(f"run {fact.run} is not scored on its benchmarks yet", after=2.0, dependency="aggregator")
         message = await self._deposit(facts, decision)
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()

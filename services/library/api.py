@@ -59,7 +59,7 @@ class Library(services_pb2_grpc.LibraryServiceServicer):
         """Return one expert with its record. `NotFound` for an unknown id, `Retry` when the store is away."""
         fact = self._catalogue.fact(request.expert_id, await self._viewer(request, context))
         standing = self._catalogue.index.standing(request.expert_id)
-        expert, attestation = summarise(fact, standing), ""
+        expert, attestation = summarise(fact, standing, self._catalogue.index.record(request.expert_id)), ""
         record = await self._store.get_bytes(expert.record)
         envelope = self._catalogue.envelopes.get(request.expert_id)
         if fact.message.HasField("attestation") and envelope is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from connito.errors import Invalid, NotFound
 from connito.library.governance import Standing, Viewer, attribute
 from connito.library.hits import Hit, search, visible
 from connito.library.index import Index, LibraryEvent, deposit_event
+from connito.library.scores import as_messages
 from connito.v1 import run_pb2, services_pb2
 from connito.wire.enums import plain_name
 from connito.wire.fact import Fact
@@ -22,7 +23,9 @@ MAX_PAGE_SIZE = 500
 NOTICES = {kind: plain_name(run_pb2.NoticeKind, kind) for kind in run_pb2.NoticeKind.values() if kind}
 
 
-def summarise(fact: Fact[run_pb2.ExpertDeposited], standing: Standing) -> services_pb2.ExpertSummary:
+def summarise(
+    fact: Fact[run_pb2.ExpertDeposited], standing: Standing, record: Mapping[str, object]
+) -> services_pb2.ExpertSummary:
     """Return one row of the catalogue."""
     message = fact.message
     return services_pb2.ExpertSummary(
@@ -36,6 +39,7 @@ def summarise(fact: Fact[run_pb2.ExpertDeposited], standing: Standing) -> servic
         files=message.files,
         status=standing.status,
         reason=standing.reason,
+        scores=as_messages(record),
     )
 
 
@@ -95,7 +99,11 @@ class Catalogue:
 
     def get(self, expert_id: str, viewer: Viewer | None = None) -> services_pb2.ExpertSummary:
         """Return one expert. Raises `NotFound`."""
-        return summarise(self.fact(expert_id, viewer), self.index.standing(expert_id))
+        return self._summary(self.fact(expert_id, viewer))
+
+    def _summary(self, fact: Fact[run_pb2.ExpertDeposited]) -> services_pb2.ExpertSummary:
+        name = fact.message.expert_id
+        return summarise(fact, self.index.standing(name), self.index.record(name))
 
     def page(self, size: int, token: str, viewer: Viewer | None = None) -> tuple[list[services_pb2.ExpertSummary], str]:
         """Return up to `size` experts after the one `token` stands for, oldest first, and the token of the next page.
@@ -107,7 +115,7 @@ class Catalogue:
         rest = visible(self.index, viewer or Viewer(), after=_decode_token(token, "after"), limit=size + 1)
         shown = [self.facts[name] for _, name in rest[:size] if name in self.facts]
         following = _encode_token("after", rest[size - 1][0]) if len(rest) > size else ""
-        return [summarise(fact, self.index.standing(fact.message.expert_id)) for fact in shown], following
+        return [self._summary(fact) for fact in shown], following
 
     def search(
         self, request: services_pb2.SearchExpertsRequest, viewer: Viewer
@@ -132,7 +140,7 @@ class Catalogue:
     def _rows(self, hits: Sequence[Hit]) -> list[services_pb2.ExpertHit]:
         return [
             services_pb2.ExpertHit(
-                expert=summarise(self.facts[hit.expert_id], hit.standing),
+                expert=self._summary(self.facts[hit.expert_id]),
                 license=hit.license,
                 saving=hit.saving,
                 score=hit.score,

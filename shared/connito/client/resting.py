@@ -13,6 +13,7 @@ from connito.errors import NotFound
 from connito.library.artifact import RECORD_FILE
 from connito.library.attestation import ATTESTATION_FILE
 from connito.library.governance import Viewer, attribute
+from connito.library.scores import as_messages
 from connito.library.shelf import Shelf
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
@@ -68,6 +69,7 @@ class RestingLibrary(Library):
             files=[ArtifactRef(digest=e["digest"], size=e["bytes"]) for e in record.get("files", {}).values()],
             status=standing.status,
             reason=standing.reason,
+            scores=as_messages(record),
         )
         return Expert(summary, record)
 

@@ -14,6 +14,7 @@ from connito.errors import Invalid, NotFound
 from connito.library.governance import Standing, attribute
 from connito.library.hits import Hit, Ranked
 from connito.library.hits import search as find
+from connito.library.scores import as_rows
 from connito.library.searches import remember
 from connito.views.notebook import Card, Rows
 
@@ -164,7 +165,7 @@ def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "expert_id": record["expert_id"], "run": record["run"], "domain": record["domain"],
         "base_digest": record["base"]["manifest"], "digest": record["expert"]["digest"],
-        "bytes": record["expert"]["bytes"],
+        "bytes": record["expert"]["bytes"], "scores": record.get("scores", []),
     }  # fmt: skip
 
 
@@ -173,5 +174,5 @@ def _row(expert: ExpertSummary) -> dict[str, Any]:
         "expert_id": expert.expert_id, "run": expert.run, "domain": expert.domain, "base_digest": expert.base_digest,
         "digest": expert.expert.digest, "bytes": expert.expert.size,
         "deposited_at_unix_ms": expert.deposited_at_unix_ms,
-        "standing": str(Standing(expert.status or "good", expert.reason)),
+        "standing": str(Standing(expert.status or "good", expert.reason)), "scores": as_rows(expert.scores),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound, Retry
 from connito.jobs.context import JobContext
 from connito.library.deposit_plan import Deposit as Due
-from connito.library.deposit_plan import plan
+from connito.library.deposit_plan import lacks_scores, plan
 from connito.library.schema import ExpertRecord, read_record
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
@@ -32,6 +32,7 @@ from connito.views.coverage import covered
 from connito.views.empty_handed import shelf
 from connito.views.run_report import run_report
 from connito.wire.subjects import fact as fact_subject
+from connito.workloads.benchmarks import LOSS, SEQUENCES
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from connito.wire.facts import RunFacts
 
 CONFIDENCE = 0.95
-# Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.
-BENCHMARK_SEQUENCES = 512
 # How long a report waits for the expert of a run that has just ended, and between looks.
 DEPOSIT_SECONDS, POLL_SECONDS = 60.0, 0.5
 
@@ -112,7 +111,7 @@ async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
             facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
             if session.resting or facts.paused or not isinstance(plan(facts), Due):
                 break
-            if time.monotonic() > give_up:
+            if time.monotonic() > give_up and not lacks_scores(facts):
                 raise Retry(f"run {run} has ended, and the library has not deposited its expert yet; ask again later")
             await asyncio.sleep(POLL_SECONDS)
         deposits = list(facts.deposits)
@@ -213,7 +212,7 @@ def _tasks(
     """Return the scores of base and result on the tasks that the job named, or why there are none."""
     if not spec.tasks:
         return {"tasks": []}
-    from connito.jobs.tasks import Task, compare
+    from connito.experts.tasks import Task, compare
 
     progress("asking the tasks", 0.95)
     stored = [context.sealed(ref.artifact).read_bytes() for ref in spec.tasks]
@@ -254,7 +253,7 @@ def _parts(spec: run_pb2.RunSpec, context: JobContext) -> list[tuple[str, str, n
         found.append((use, corpus.domain, rows[subsets(rows, spec, corpus.domain).report]))
     for corpus in spec.benchmarks:
         rows = sequences(context.corpus(corpus), spec)
-        found.append(("benchmark", corpus.domain, rows[:BENCHMARK_SEQUENCES]))
+        found.append(("benchmark", corpus.domain, rows[:SEQUENCES]))
     return found
 
 
@@ -277,12 +276,10 @@ def _apart(facts: RunFacts, rows: list[dict[str, Any]]) -> float | None:
     last = facts.latest_version
     if last is None:
         return None
-    published = {loss.domain: loss.after for loss in last.losses}
-    apart = [
-        abs(row["after"] - published[row["name"]])
-        for row in rows
-        if row["use"] != "benchmark" and row["name"] in published
-    ]
+    scores = [] if facts.benchmarked is None else facts.benchmarked.scores
+    published = {score.name: score.after for score in scores if score.metric == LOSS}
+    published |= {loss.domain: loss.after for loss in last.losses}
+    apart = [abs(row["after"] - published[row["name"]]) for row in rows if row["name"] in published]
     return max(apart, default=None)
 
 

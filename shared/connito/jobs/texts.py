@@ -26,7 +26,7 @@ from connito.runtime.progress import Progress, silent
 from connito.wire.hashing import hash_fields
 
 if TYPE_CHECKING:
-    from connito.jobs.tasks import Task
+    from connito.experts.tasks import Task
 
 WEIGHT_TAG = b"connito.v1.job.weight"
 # Shared passages (a header, a licence notice) make a few documents look alike; above this share it is no accident.
@@ -223,7 +223,7 @@ def _decontaminate(texts: Texts, job: Job) -> None:
 
 
 def _read_task(texts: Texts, benchmark: Benchmark, root: Path) -> None:
-    from connito.jobs.tasks import read_task
+    from connito.experts.tasks import read_task
 
     texts.progress(f"reading the task {benchmark.name}", _READING)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from connito.library.artifact import CARD_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
-from connito.library.schema import Contributor, ExpertRecord, Loss, Start, Version
+from connito.library.schema import Contributor, ExpertRecord, Loss, Score, Start, Version
 
 _CARD = """\
 ---
@@ -41,7 +41,7 @@ Held-out loss in nats per token, on sequences that decided nothing in the run. L
 | domain | before | after | change | tokens | 95 % interval of the change |
 |---|---:|---:|---:|---:|---|
 {losses}
-{losses_plot}
+{losses_plot}{scores}
 
 ## What it changes
 
@@ -70,6 +70,17 @@ A model for **{domain}**, made by `{verb}`: {selected} of the {total} routed exp
 {parameters:,} parameters."""
 
 _SELECTED = "Selected by {method} at threshold {threshold:g}.\n\n"
+
+_SCORES = """
+## Scores
+
+What its customer named before the run, asked of the base alone and of the result: loss in nats per token, where lower is
+better, or a metric of lm-evaluation-harness.
+
+| benchmark or task | metric | base | result | change | items | 95 % interval of the change |
+|---|---|---:|---:|---:|---:|---|
+{rows}
+"""
 
 _LINEAGE = """\
 ## Lineage
@@ -116,9 +127,25 @@ def _number(value: float | None) -> str:
 def _loss_row(row: Loss) -> str:
     before, after = row["before"], row["after"]
     change = "–" if before is None or after is None else f"{after - before:+.4f}"
-    interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
     losses = f"{_number(before)} | {_number(after)} | {change}"
-    return f"| {_text(row['domain'])} | {losses} | {row['tokens']:,} | {interval} |"
+    return f"| {_text(row['domain'])} | {losses} | {row['tokens']:,} | {_interval(row)} |"
+
+
+def _scores(record: ExpertRecord) -> str:
+    """Return the card's part on benchmarks and tasks; empty for a record without any."""
+    rows = [
+        f"| {_text(row['name'])} | {_text(row['metric'])} | {row['before']:.4f} | {row['after']:.4f} | "
+        f"{row['after'] - row['before']:+.4f} | {row['items']:,} | {_interval(row)} |"
+        for row in record.get("scores", [])
+    ]
+    rows += [
+        f"| {_text(name)} | not scored: {_text(why)} | | | | | |" for name, why in record.get("unscored", {}).items()
+    ]
+    return _SCORES.format(rows="\n".join(rows)) if rows else ""
+
+
+def _interval(row: Loss | Score) -> str:
+    return f"{row['change_low']:+.4f} to {row['change_high']:+.4f}" if "change_low" in row else "–"
 
 
 def _front(record: ExpertRecord) -> str:
@@ -137,7 +164,8 @@ def _front(record: ExpertRecord) -> str:
         ),
     ]
     measured = [(row["domain"], row["after"]) for row in record["losses"] if row["after"] is not None]
-    if measured:
+    scores = [row for row in record.get("scores", []) if row["metric"] != "loss"]
+    if measured or scores:
         lines += ["model-index:", f"- name: {json.dumps(record['expert_id'])}", "  results:"]
     for domain, after in measured:
         name = json.dumps(domain, ensure_ascii=False)
@@ -145,6 +173,13 @@ def _front(record: ExpertRecord) -> str:
             "  - task: {type: text-generation}",
             f"    dataset: {{name: {name}, type: held-out}}",
             f"    metrics: [{{type: loss, name: nats per token, value: {after:.6f}}}]",
+        ]
+    for row in scores:
+        name, metric = (json.dumps(row[key], ensure_ascii=False) for key in ("name", "metric"))
+        lines += [
+            "  - task: {type: text-generation}",
+            f"    dataset: {{name: {name}, type: task}}",
+            f"    metrics: [{{type: {metric}, name: {metric}, value: {row['after']:.6f}}}]",
         ]
     return "\n".join(lines)
 
@@ -222,6 +257,7 @@ def render(record: ExpertRecord) -> str:
         visibility=_text(_visibility(record)),
         losses_plot=f"\n![change of the loss]({LOSSES})\n" if LOSSES in drawn else "",
         experts_plot=f"\n![experts by layer]({EXPERTS})\n" if EXPERTS in drawn else "",
+        scores=_scores(record),
         use=use.format(base_name=_text(record["base"]["name"]), expert_id=record["expert_id"]),
         expert_id=record["expert_id"],
         domain=_text(record["domain"]),

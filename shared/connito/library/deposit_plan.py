@@ -34,6 +34,13 @@ class NoDeposit:
     why: str
 
 
+def lacks_scores(facts: RunFacts) -> bool:
+    """Return whether the expert that a run leaves is still to be scored on what the run names."""
+    spec = facts.spec
+    asked = facts.benchmarked is None and spec is not None and (spec.benchmarks or spec.tasks)
+    return bool(asked) and isinstance(plan(facts), Deposit)
+
+
 def plan(facts: RunFacts) -> Deposit | NoDeposit:
     """Decide what to deposit for a run, given all of its facts."""
     spec, selection, ended = facts.spec, facts.selection, facts.ended

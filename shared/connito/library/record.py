@@ -14,6 +14,7 @@ from connito.errors import Invalid
 from connito.library.governance import governance
 from connito.library.interval import change_interval
 from connito.library.schema import Contributor, ExpertRecord, Loss, Signature, Version
+from connito.library.scores import scored
 from connito.library.start import start_record
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.wire.enums import plain_name, reason_name
@@ -100,6 +101,7 @@ def build_record(
             ),
         },
     }
+    record |= scored(facts)
     start = start_record(selection)
     return record if start is None else {**record, "parents": [start["expert_id"]], "started_from": start}
 

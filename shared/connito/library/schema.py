@@ -82,6 +82,20 @@ class Loss(TypedDict):
     change_high: NotRequired[float]
 
 
+class Score(TypedDict):
+    """Scores of the base alone and of the result on a benchmark (`loss`, nats per token) or by a metric of a task, over so many
+    sequences or items, with the paired 95 % interval of the change where there is one.
+    """
+
+    name: str
+    metric: str
+    items: int
+    before: float
+    after: float
+    change_low: NotRequired[float]
+    change_high: NotRequired[float]
+
+
 class Version(TypedDict):
     """One version of the run: the digests of its state and its parent's, the gate's decision, weights by miner."""
 
@@ -172,6 +186,9 @@ class ExpertRecord(TypedDict):
     # Without it, an expert is public.
     governance: NotRequired[Governance]
     started_from: NotRequired[Start]
+    # On what the customer named before the run: scores, and why there are none, by name.
+    scores: NotRequired[list[Score]]
+    unscored: NotRequired[dict[str, str]]
     derived: NotRequired[Derived]
     card: NotRequired[File]
     tags: NotRequired[list[str]]

@@ -1427,6 +1427,117 @@ class RunPaused(_message.Message):
 Global___RunPaused: _TypeAlias = RunPaused  # noqa: Y015
 
 @_typing.final
+class BenchmarkScore(_message.Message):
+    """What base and result of a run score on one benchmark, or by one metric of a task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    metric: _builtins.str
+    """`loss`, in nats per token, or a metric of the task."""
+    items: _builtins.int
+    """Sequences of text, or items of the task."""
+    tokens: _builtins.int
+    """Tokens of text; 0 for tasks."""
+    before: _builtins.float
+    """Of the base alone, and with the final state."""
+    after: _builtins.float
+    low: _builtins.float
+    """The paired 95 % interval of the change; absent where there is none."""
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        metric: _builtins.str = ...,
+        items: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+        low: _builtins.float | None = ...,
+        high: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "after", b"after", "before", b"before", "high", b"high", "items", b"items", "low", b"low", "metric", b"metric", "name", b"name", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
+    _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
+    _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
+    _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low) -> _WhichOneofReturnType__low | None: ...
+
+Global___BenchmarkScore: _TypeAlias = BenchmarkScore  # noqa: Y015
+
+@_typing.final
+class Unscored(_message.Message):
+    """A benchmark or task without a score, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unscored: _TypeAlias = Unscored  # noqa: Y015
+
+@_typing.final
+class BenchmarksMeasured(_message.Message):
+    """LIBRARY: `<run>.library.0.benchmarked`, signed by the aggregator once a run has ended that names benchmarks or tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    UNSCORED_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    state: _builtins.str
+    """Digest of the state that was measured."""
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___BenchmarkScore]: ...
+    @_builtins.property
+    def unscored(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unscored]: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        state: _builtins.str = ...,
+        scores: _abc.Iterable[Global___BenchmarkScore] | None = ...,
+        unscored: _abc.Iterable[Global___Unscored] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "scores", b"scores", "state", b"state", "unscored", b"unscored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BenchmarksMeasured: _TypeAlias = BenchmarksMeasured  # noqa: Y015
+
+@_typing.final
 class ExpertDeposited(_message.Message):
     """LIBRARY: `<run>.library.0.deposited.<expert>`, signed by the library."""
 

@@ -779,6 +779,7 @@ class ExpertSummary(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     expert_id: _builtins.str
     run: _builtins.str
     domain: _builtins.str
@@ -795,6 +796,10 @@ class ExpertSummary(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.ArtifactRef]:
         """Every file of a model made of experts."""
 
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.BenchmarkScore]:
+        """On what its customer named before the run, as its record has them."""
+
     def __init__(
         self,
         *,
@@ -808,10 +813,11 @@ class ExpertSummary(_message.Message):
         files: _abc.Iterable[_artifacts_pb2.ArtifactRef] | None = ...,
         status: _builtins.str = ...,
         reason: _builtins.str = ...,
+        scores: _abc.Iterable[_run_pb2.BenchmarkScore] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "reason", b"reason", "record", b"record", "run", b"run", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "deposited_at_unix_ms", b"deposited_at_unix_ms", "domain", b"domain", "expert", b"expert", "expert_id", b"expert_id", "files", b"files", "reason", b"reason", "record", b"record", "run", b"run", "scores", b"scores", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

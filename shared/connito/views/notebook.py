@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from connito.library.plots import plots
 from connito.library.schema import ExpertRecord
+from connito.library.scores import as_rows, line
 from connito.render import formats
 from connito.v1.services_pb2 import ExpertSummary, RunPhase, RunStatus
 from connito.views.loss_plot import loss_svg
@@ -66,6 +67,7 @@ def _card(record: Mapping[str, Any]) -> str:
         "made": record.get("created", ""),
         "licence": record.get("license", "") or "not stated",
         "data": record.get("data_statement", "") or "not stated",
+        **({"scores": line(record["scores"])} if record.get("scores") else {}),
     }
     head = f"<h3>{escape(str(record.get('expert_id', 'an expert')))}</h3>"
     return head + _facts(facts) + "".join(plots(cast("ExpertRecord", record)).values())
@@ -87,7 +89,7 @@ def _cells(row: object) -> Mapping[str, Any]:
                 "version": row.version, "detail": row.detail}  # fmt: skip
     if isinstance(row, ExpertSummary):
         return {"expert_id": row.expert_id, "domain": row.domain, "run": row.run, "size": formats.size(row.expert.size),
-                "standing": row.status or "good"}  # fmt: skip
+                "standing": row.status or "good", "scores": line(as_rows(row.scores))}  # fmt: skip
     if isinstance(row, Mapping):
         return row
     to_json = getattr(row, "to_json", None)

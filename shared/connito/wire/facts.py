@@ -124,6 +124,11 @@ class RunFacts(FactSet):
         return self.many(run_pb2.MinerBan, "run", 0, "ban")
 
     @property
+    def benchmarked(self) -> run_pb2.BenchmarksMeasured | None:
+        """Return what base and result score on the run's benchmarks and tasks, once it has ended."""
+        return message_of(self.one(run_pb2.BenchmarksMeasured, "library", 0, "benchmarked"))
+
+    @property
     def deposits(self) -> Mapping[str, Fact[run_pb2.ExpertDeposited]]:
         """Return experts of this run in the library, by expert id."""
         return self.many(run_pb2.ExpertDeposited, "library", 0, "deposited")

@@ -48,6 +48,7 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("validate", "report"): (cycle_pb2.ScoreReport, "validator", "validator"),
     ("merge", "scored"): (cycle_pb2.CycleScored, "aggregator", ""),
     ("merge", "version"): (cycle_pb2.VersionPublished, "aggregator", ""),
+    ("library", "benchmarked"): (run_pb2.BenchmarksMeasured, "aggregator", ""),
     ("library", "deposited"): (run_pb2.ExpertDeposited, "library", "expert_id"),
     ("library", "notice"): (run_pb2.ExpertNotice, "library", "id"),
     ("library", "used"): (run_pb2.ExpertUsed, "library", "id"),

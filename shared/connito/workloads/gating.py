@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,12 @@ class GateEvaluator:
             held["report"][domain] = rows[parts.report]
         layers, _ = experts_of(selection)
         return cls(Evaluator(load_full(files, device=device_of()), layers), held)
+
+    @contextmanager
+    def alone(self) -> Iterator[Evaluator]:
+        """Give the model to one thread."""
+        with self._lock:
+            yield self.evaluator
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:
         """Return losses of the state with this digest. Loads the file only if it was not measured before."""

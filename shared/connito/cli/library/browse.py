@@ -16,6 +16,7 @@ from connito.cli.library.options import (
 )
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table
 from connito.library.schema import ExpertRecord
+from connito.library.scores import line
 from connito.render.formats import moment, size
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def list_(
         as_json,
         {"experts": rows},
         lambda: table(
-            ("expert", "domain", "run", "size", "deposited", "standing"),
+            ("expert", "domain", "run", "size", "deposited", "standing", "scores"),
             [
                 (
                     r["expert_id"],
@@ -50,6 +51,7 @@ def list_(
                     size(r["bytes"]),
                     moment(r["deposited_at_unix_ms"]),
                     "" if r["standing"] == "good" else r["standing"],
+                    line(r["scores"]),
                 )
                 for r in rows
             ],

@@ -10,10 +10,10 @@ import pytest
 from connito.base.loading import load_full, load_tokenizer
 from connito.errors import Invalid, NotFound
 from connito.experts.harness import run
+from connito.experts.tasks import Task, compare, read_task
 from connito.jobs.check import check
 from connito.jobs.pages import markdown
 from connito.jobs.spec import parse_job
-from connito.jobs.tasks import Task, compare, read_task
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,14 @@ import pytest
 from connito.errors import Invalid
 from connito.library.card import render
 from connito.library.record import build_record, encode, expert_id
+from connito.library.schema import read_record
+from connito.library.scores import as_messages, as_rows, line
+from connito.v1 import run_pb2
 from connito.wire.facts import RunFacts
+from connito.wire.subjects import FactKey
+
+Pairs = list[tuple[FactKey, Any]]
+Rebuild = Callable[[Pairs], RunFacts]
 
 
 def test_the_record_tells_losses_lineage_and_who_earned_what(finished: RunFacts) -> None:
@@ -76,3 +83,51 @@ def test_the_card_holds_text_of_the_customer_inside_its_table(finished: RunFacts
     assert "| anna (UA…) | 60.0% | 1 | – |" in card
     assert "| UC… | 0.0% | 0 | copy ×2 |" in card
     assert "None" not in card
+
+
+def test_scores_of_what_the_run_names_are_on_the_record_and_its_card(pairs: Pairs, rebuild: Rebuild) -> None:
+    bare = build_record(rebuild(pairs), "e" * 64, 1, 1)
+    assert "scores" not in bare
+    assert "## Scores" not in render(bare)
+    scores = [
+        run_pb2.BenchmarkScore(
+            name="exam", metric="loss", items=9, tokens=90, before=3.0, after=2.5, low=-0.7, high=-0.3
+        ),
+        run_pb2.BenchmarkScore(name="quiz", metric="acc", items=20, before=0.25, after=0.5),
+    ]
+    missing = [run_pb2.Unscored(name="sums", why="its answers are long")]
+    key = FactKey("library", 0, "benchmarked")
+    fact = run_pb2.BenchmarksMeasured(run="run-1", scores=scores, unscored=missing)
+
+    record = build_record(rebuild([*pairs, (key, fact)]), "e" * 64, 1, 1)
+
+    assert read_record(encode(record), "it")["scores"] == [
+        {
+            "name": "exam",
+            "metric": "loss",
+            "items": 9,
+            "before": 3.0,
+            "after": 2.5,
+            "change_low": -0.7,
+            "change_high": -0.3,
+        },
+        {"name": "quiz", "metric": "acc", "items": 20, "before": 0.25, "after": 0.5},
+    ]
+    card = render(record)
+    assert "| exam | loss | 3.0000 | 2.5000 | -0.5000 | 9 | -0.7000 to -0.3000 |" in card
+    assert "| quiz | acc | 0.2500 | 0.5000 | +0.2500 | 20 | – |" in card
+    assert "| sums | not scored: its answers are long |" in card
+    assert '{type: "acc", name: "acc", value: 0.500000}' in card
+    assert line(record["scores"]) == "exam loss 3.000 → 2.500 (9 items); quiz acc 0.250 → 0.500 (20 items)"
+    assert as_rows(as_messages(record)) == record["scores"]
+
+
+def test_a_record_says_that_nobody_could_score(pairs: Pairs, rebuild: Rebuild) -> None:
+    (_, created) = pairs[0]
+    assert isinstance(created, run_pb2.RunCreated)
+    created.spec.tasks.add(domain="quiz")
+    notice = run_pb2.RunPaused(run="run-1", key="UG", service="aggregator", action="run-1/benchmark", detail="no room")
+
+    record = build_record(rebuild([*pairs, (FactKey("run", 0, "paused", "UG"), notice)]), "e" * 64, 1, 1)
+
+    assert record["unscored"] == {"quiz": "no room"}

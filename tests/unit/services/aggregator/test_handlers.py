@@ -9,7 +9,7 @@ from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import FactKey
 
-from services.aggregator.handlers import Merge, Preload, decide, drop_losses
+from services.aggregator.handlers import Benchmark, Merge, Preload, decide, drop_losses
 from tests.support.stage import Stage
 
 RUN = "run-1"
@@ -51,6 +51,27 @@ def test_scores_without_a_version_are_finished_after_a_crash(ready: Stage) -> No
     ready.put("merge", 1, "scored", cycle_pb2.CycleScored(run=RUN, cycle=1))
 
     assert payloads(ready.facts) == [Merge(RUN, 1)]
+
+
+def test_what_a_run_names_is_scored_once_it_has_ended_with_an_expert(ready: Stage) -> None:
+    ready.facts.require_spec().benchmarks.add(domain="exam")
+    ready.put(
+        "merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1, gate=cycle_pb2.GATE_DECISION_ACCEPTED)
+    )
+    assert payloads(ready.facts) == []
+
+    ready.put("run", 0, "ended", run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_COMPLETED))
+    assert payloads(ready.facts, ()) == [Benchmark(RUN)]
+
+    ready.put("library", 0, "benchmarked", run_pb2.BenchmarksMeasured(run=RUN))
+    assert payloads(ready.facts, ()) == []
+
+
+def test_nothing_is_scored_of_a_run_that_leaves_no_expert(ready: Stage) -> None:
+    ready.facts.require_spec().tasks.add(domain="quiz")
+    ready.put("run", 0, "ended", run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_COMPLETED))
+
+    assert payloads(ready.facts) == []
 
 
 def test_an_ended_run_needs_nothing(ready: Stage) -> None:

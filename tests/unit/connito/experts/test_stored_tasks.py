@@ -6,7 +6,7 @@ import json
 
 import pytest
 from connito.errors import Invalid
-from connito.jobs.tasks import CHOICE, Task
+from connito.experts.tasks import CHOICE, Task
 
 TASK = Task("mine", CHOICE, [{"given": "a", "choices": ["b", "c"], "answer": 0}], [{"metric": "acc"}], {})
 STORED = json.loads(TASK.encode())

@@ -1,0 +1,67 @@
+"""Scores of base and result on the benchmarks and tasks that a customer named: in the log, on a record, in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+from connito.library.schema import ExpertRecord, Score
+from connito.v1.run_pb2 import BenchmarkScore, RunPaused
+from connito.wire.facts import RunFacts
+
+
+def benchmark_key(run: str) -> str:
+    """Return the key of the aggregator's action that scores a run, by which others know that it was set aside."""
+    return f"{run}/benchmark"
+
+
+def unscored_for(facts: RunFacts) -> str:
+    """Return why nobody will score a run; empty where nobody has said so."""
+    notices = facts.many(RunPaused, "run", 0, "paused").values()
+    return next((fact.message.detail for fact in notices if fact.message.action == benchmark_key(facts.run)), "")
+
+
+def scored(facts: RunFacts) -> ExpertRecord:
+    """Return the part of a record on benchmarks and tasks; empty for a run without any."""
+    spec, measured = facts.require_spec(), facts.benchmarked
+    if measured is not None:
+        missing = {entry.name: entry.why for entry in measured.unscored}
+        found = {"scores": as_rows(measured.scores), **({"unscored": missing} if missing else {})}
+        return cast("ExpertRecord", found)
+    why = unscored_for(facts)
+    missing = {corpus.domain: why for corpus in (*spec.benchmarks, *spec.tasks)} if why else {}
+    return cast("ExpertRecord", {"unscored": missing} if missing else {})
+
+
+def as_rows(scores: Iterable[BenchmarkScore]) -> list[Score]:
+    """Return scores as a record has them."""
+    rows: list[Score] = []
+    for score in scores:
+        rows.append(Score(
+            name=score.name, metric=score.metric, items=score.items, before=score.before, after=score.after
+        ))  # fmt: skip
+        if score.HasField("low"):
+            rows[-1]["change_low"], rows[-1]["change_high"] = score.low, score.high
+    return rows
+
+
+def as_messages(record: Mapping[str, object]) -> list[BenchmarkScore]:
+    """Return the scores of a record as they are sent; none for a record without any."""
+    rows = cast("Sequence[Score]", record.get("scores", ()))
+    return [
+        BenchmarkScore(
+            name=row["name"], metric=row["metric"], items=row["items"], before=row["before"], after=row["after"],
+            low=row.get("change_low"), high=row.get("change_high"),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def line(rows: Sequence[Score]) -> str:
+    """Return the first score of each benchmark and task as a few words; empty for none."""
+    first = {row["name"]: row for row in reversed(rows)}
+    return "; ".join(
+        f"{row['name']} {row['metric']} {row['before']:.3f} → {row['after']:.3f} ({row['items']} items)"
+        for row in rows
+        if first[row["name"]] is row
+    )

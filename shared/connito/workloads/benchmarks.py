@@ -1,0 +1,144 @@
+"""Score base and result of a run on the benchmarks and tasks that it names, once it has ended. Blocking; needs torch.
+
+What a task asks for is a customer's word on somebody else's machine: it is asked as far as that is bounded, and runs none of
+its own expressions. The delivery report, on the customer's machine, asks all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connito.data.corpus import Corpus
+from connito.data.documents import is_shown
+from connito.errors import Invalid
+from connito.experts.tasks import ANSWER, CHOICE, MOST_ITEMS, Task, compare
+from connito.files import plain_name
+from connito.library.interval import change_interval
+from connito.moe.state import load_state
+from connito.protocol.sequences import sequences
+from connito.v1.run_pb2 import BenchmarkScore, BenchmarksMeasured, RunSpec, Unscored
+from connito.wire.bounds import cut
+from connito.wire.identity import Identity
+from connito.wire.sealing import unsealed
+from connito.workloads.fetching import Source
+
+if TYPE_CHECKING:
+    from connito.moe.evaluate import Evaluator
+
+# Sequences of a benchmark that are measured; the first ones, so that the figure is the same again.
+SEQUENCES = 512
+LOSS = "loss"
+# What a task may ask of a machine that is not its author's: bytes of it, and tokens that its answers have in all.
+MOST_BYTES, MOST_ANSWERED = 4 << 20, 32_768
+# More would outgrow the fact.
+MOST_SCORES, MOST_WHY = 120, 200
+_METRICS = {CHOICE: {"acc", "acc_norm"}, ANSWER: {"exact_match"}}
+_OPTIONS = {"metric", "aggregation", "higher_is_better", "ignore_case", "ignore_punctuation", "ignore_numbers"}
+_FILTERS = {"take_first", "lowercase", "uppercase", "remove_whitespace"}
+_DRAWING = {"max_gen_toks", "until", "do_sample", "temperature"}
+
+
+async def fetch_named(source: Source, spec: RunSpec, me: Identity) -> dict[str, Path]:
+    """Fetch a run's benchmarks and tasks by digest, and open them. Raises what `Source.fetch` raises, and `Invalid`."""
+    found = {}
+    for corpus in (*spec.benchmarks, *spec.tasks):
+        path = await source.fetch(corpus.artifact)
+        found[corpus.artifact.digest] = await asyncio.to_thread(unsealed, path, corpus.artifact, me, spec.customer)
+    return found
+
+
+def measure(
+    evaluator: Evaluator, tokenizer: Any, spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
+) -> BenchmarksMeasured:
+    """Return the scores of the base and of `state`, whose digest is `digest`; `files` are those of `fetch_named`."""
+    result, tensors = BenchmarksMeasured(run=spec.run, state=digest), load_state(state)
+
+    def leave(name: str, error: object) -> None:
+        result.unscored.append(Unscored(name=name, why=cut(_shown(str(error)), MOST_WHY)))
+
+    for corpus in spec.benchmarks:
+        try:
+            rows = sequences(Corpus.load(files[corpus.artifact.digest]), spec)[:SEQUENCES]
+            before, tokens = evaluator.losses(evaluator.base, rows)
+            after, _ = evaluator.losses(tensors, rows)
+            result.scores.append(_loss(corpus.domain, before.tolist(), after.tolist(), tokens.tolist()))
+        except Invalid as error:
+            leave(corpus.domain, error)
+    for ref in spec.tasks:
+        evaluator.restore()
+        try:
+            asked = _task(files[ref.artifact.digest])
+            put = partial(evaluator.put, tensors)
+            result.scores.extend(_scores(asked, evaluator.model, tokenizer, put))
+        except Invalid as error:
+            leave(ref.domain, error)
+    evaluator.restore()
+    del result.scores[MOST_SCORES:], result.unscored[MOST_SCORES:]
+    return result
+
+
+def _shown(text: str) -> str:
+    """Return a text as one line that every record can hold: it may quote what nobody has checked."""
+    return "".join(sign if is_shown(sign) else "?" for sign in " ".join(text.split()))
+
+
+def _loss(name: str, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> BenchmarkScore:
+    total = sum(tokens)
+    if not total or not all(map(math.isfinite, (*before, *after))):
+        raise Invalid("it has no loss that is a number")
+    found = BenchmarkScore(
+        name=name, metric=LOSS, items=len(tokens), tokens=total,
+        before=sum(before) / total, after=sum(after) / total,
+    )  # fmt: skip
+    if (between := change_interval(before, after, tokens)) is not None:
+        found.low, found.high = between
+    return found
+
+
+def _scores(task: Task, model: Any, tokenizer: Any, put: Any) -> Iterator[BenchmarkScore]:
+    for row in compare([task], model, tokenizer, put):
+        found = BenchmarkScore(
+            name=row.task, metric=row.metric, items=row.items, before=row.base or 0.0, after=row.score
+        )
+        if row.interval is not None:
+            found.low, found.high = row.interval
+        yield found
+
+
+def _task(file: Path) -> Task:
+    """Read a task that may be asked here. Raises `Invalid` with what it asks too much of."""
+    if file.stat().st_size > MOST_BYTES:
+        raise Invalid(f"it has more than {MOST_BYTES:,} bytes: the delivery report has its scores")
+    task = Task.decode(file.read_bytes())
+    try:
+        beyond = next(_beyond(task), "")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Invalid(f"it is no task ({type(error).__name__})") from error
+    if beyond:
+        raise Invalid(f"{beyond}: the delivery report has its scores")
+    return task
+
+
+def _beyond(task: Task) -> Iterator[str]:
+    if len(task.items) > MOST_ITEMS:
+        yield f"it has more than {MOST_ITEMS} items"
+    if any(metric.get("metric") not in _METRICS[task.kind] or not set(metric) <= _OPTIONS for metric in task.metrics):
+        yield f"the platform scores {task.kind} by {', '.join(sorted(_METRICS[task.kind]))} alone"
+    drawing = task.how.get("generation_kwargs") or {}
+    known = {"target_delimiter"} if task.kind == CHOICE else {"generation_kwargs", "filter_list"}
+    if not set(task.how) <= known or not set(drawing) <= _DRAWING:
+        yield "it asks in a way of its own"
+    if task.kind == ANSWER:
+        length = drawing.get("max_gen_toks", 256)
+        if type(length) is not int or not 0 < length * len(task.items) <= MOST_ANSWERED:
+            yield f"its answers may have more than {MOST_ANSWERED:,} tokens in all"
+        if any(not plain_name(str(entry.get("name", "one"))) for entry in task.how.get("filter_list") or []):
+            yield "its filters have names that nobody can read"
+        steps = [step for entry in task.how.get("filter_list") or [] for step in entry.get("filter", [])]
+        if any(step.get("function") not in _FILTERS for step in steps):
+            yield "its filters run expressions of its own"

@@ -1,0 +1,88 @@
+"""What a run's benchmarks and tasks may ask of the platform, and what becomes of those that ask for more."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+from connito.experts.tasks import ANSWER, CHOICE, Task
+from connito.library.schema import read_record
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.run_pb2 import CorpusRef, RunSpec
+from connito.workloads.benchmarks import measure
+from safetensors.torch import save_file
+
+ITEM: Any = {"given": "a", "choices": ["b", "c"], "answer": 0}
+CHOICES = Task("quiz", CHOICE, [ITEM] * 2, [{"metric": "acc"}], {})
+ANSWERS = Task(
+    "sums", ANSWER, [{"given": "a", "answer": "b"}] * 2, [{"metric": "exact_match"}], {"generation_kwargs": {}}
+)
+
+
+class Model:
+    """An evaluator that is asked for no loss."""
+
+    base: ClassVar[dict[str, Any]] = {}
+    model = None
+
+    def put(self, state: Any) -> None:
+        """Take any state."""
+
+    def restore(self) -> None:
+        """Give the base back."""
+
+
+def unscored(tmp_path: Path, data: bytes) -> str:
+    (task := tmp_path / "task").write_bytes(data)
+    save_file({"layers.0.down_proj": torch.zeros(1)}, state := tmp_path / "state.safetensors")
+    spec = RunSpec(run="r", tasks=[CorpusRef(domain="quiz", artifact=ArtifactRef(digest="d"))])
+    found = measure(Model(), None, spec, {"d": task}, "s", state)  # type: ignore[arg-type]
+    assert not found.scores
+    ((name, why),) = [(entry.name, entry.why) for entry in found.unscored]
+    assert name == "quiz"
+    # Whatever it holds can stand on a record, and in a message.
+    read_record(json.dumps(_record({name: why})), "it")
+    assert len(why.encode()) <= 200
+    return why
+
+
+def _record(missing: dict[str, str]) -> dict[str, Any]:
+    empty: dict[str, Any] = {"name": "b", "manifest": "m"}
+    return {
+        "format": "f", "expert_id": "e", "domain": "d", "run": "r", "created": "", "base": empty,
+        "expert": {"digest": "", "bytes": 0, "parameters": 0}, "model_parameters": 0, "losses": [], "lineage": [],
+        "selection": {"method": "", "threshold": 0.0, "layers": {}, "selected": 0, "total": 0, "report": ""},
+        "contributors": [], "license": "", "data_statement": "", "customer": "", "training_data": "", "unscored": missing,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        (replace(CHOICES, metrics=[{"metric": "perplexity"}]), "scores multiple_choice by acc, acc_norm alone"),
+        (replace(CHOICES, metrics=[{"metric": "acc", "hf_evaluate": True}]), "alone"),
+        (replace(CHOICES, metrics=[cast(Any, "acc")]), "is no task"),
+        (replace(CHOICES, items=[ITEM] * 501), "more than 500 items"),
+        (replace(CHOICES, how={"dataset_path": "/etc"}), "in a way of its own"),
+        (replace(ANSWERS, how={"generation_kwargs": {"num_beams": 900}}), "in a way of its own"),
+        (replace(ANSWERS, how={"generation_kwargs": {"max_gen_toks": 1 << 30}}), "32,768 tokens in all"),
+        (
+            replace(ANSWERS, how={"filter_list": [{"name": "x", "filter": [{"function": "regex"}]}]}),
+            "expressions of its own",
+        ),
+        (replace(ANSWERS, how={"filter_list": [{"name": "\x1b[2J"}]}), "names that nobody can read"),
+        (replace(ANSWERS, how={"filter_list": 7}), "is no task"),
+    ],
+    ids=lambda value: "" if isinstance(value, Task) else str(value)[:20],
+)
+def test_what_asks_too_much_of_the_platform_is_left_to_the_delivery_report(tmp_path: Path, task: Any, why: str) -> None:
+    assert why in unscored(tmp_path, task.encode())
+
+
+def test_what_is_no_task_or_a_large_one_is_named(tmp_path: Path) -> None:
+    assert "names as a task is none" in unscored(tmp_path, b"\xff\x1b[2J")
+    assert "more than 4,194,304 bytes" in unscored(tmp_path, b" " * (5 << 20))
