@@ -18,6 +18,7 @@ from torch import nn
 from connito.base.clustering import ROUTER_SCALE
 from connito.base.upcycle import check_source, moe_config
 from connito.errors import Invalid
+from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -128,6 +129,7 @@ def train_routers(
     Experts and shared parameters are frozen, as where BAR routes after its experts were trained apart; with `everything`
     all parameters learn, as in BTX's last stage. Where the family has a load-balancing loss, it counts.
     """
+    tell(f"training {'everything' if everything else 'the routers'} for {steps} steps")
     from connito.moe.layout import require_moe_layers
 
     routers = [p for layer in require_moe_layers(model).values() for p in layer.router.parameters()]

@@ -25,6 +25,7 @@ from connito.errors import Invalid, NotFound
 from connito.moe.device import moved
 from connito.moe.layout import MoELayer, as_targets, check_routers
 from connito.moe.residency import ALL, FOUR_BIT, HELPERS
+from connito.runtime.progress import tell
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def load_full(source: Path | Mapping[str, Path], *, device: torch.device | None 
     What is stored in the model's own form and type is mapped: several processes share the page cache, and writing expert
     rows copies only the pages written. What is stored otherwise is converted.
     """
+    tell("loading the model")
     files = find_checkpoint(source)
     description = describe_files(files)
     tensors = _turns(description, description.numbers(_mapped(files)))

@@ -16,9 +16,10 @@ from connito.cli.library.options import (
     holdings,
     named_files,
 )
-from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table, told
 
 
+@told
 def evaluate(
     target: Annotated[str, typer.Argument(help="Expert id or folder, or folder of an exported model.")],
     base: Annotated[Path | None, typer.Option(help="The base of an expert; it is scored beside it.")] = None,

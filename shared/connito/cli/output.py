@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from connito.render.formats import percent
+from connito.runtime.progress import listening
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DataDirOption = Annotated[
@@ -49,7 +51,20 @@ DeviceOption = Annotated[
 
 def emit(as_json: bool, document: Any, text: Callable[[], str]) -> None:
     """Print the document, or the text made for people."""
-    typer.echo(json.dumps(document, indent=2) if as_json else text())
+    shown = json.dumps(document, indent=2) if as_json else text()
+    _clear()
+    typer.echo(shown)
+
+
+def told(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return a verb that says what it is at, in the way of `progress`."""
+
+    @wraps(verb)
+    def saying(*args: Any, **kwargs: Any) -> None:
+        with progress(quiet=bool(kwargs.get("as_json"))) as tell, listening(lambda what: tell(what, None)):
+            verb(*args, **kwargs)
+
+    return saying
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "nothing yet") -> str:
@@ -71,21 +86,33 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+def progress(*, quiet: bool) -> Iterator[Callable[[str, float | None], None]]:
     """Report progress on stderr: in place on a terminal, a line a step elsewhere, nothing if `quiet`."""
     last = [""]
 
-    def tell(what: str, share: float) -> None:
+    def tell(what: str, share: float | None) -> None:
         if quiet or what == last[0]:
             return
         last[0] = what
         if sys.stderr.isatty():
-            print(f"\r\033[K{percent(share, 0):>5}  {what}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{'' if share is None else percent(share, 0):>5}  {what}", end="", file=sys.stderr, flush=True
+            )
+            _in_place[0] = True
         else:
             print(what, file=sys.stderr, flush=True)
 
     try:
         yield tell
     finally:
-        if last[0] and sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        _clear()
+
+
+# Whether a line of progress stands on the terminal, in which the next words would begin.
+_in_place = [False]
+
+
+def _clear() -> None:
+    if _in_place[0]:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        _in_place[0] = False

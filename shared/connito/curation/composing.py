@@ -23,6 +23,7 @@ from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.evaluate import Evaluator
+from connito.runtime.progress import tell
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def upgrade(
     rows = {**{key: origin[key] for key in before.rows}, **merge(parts, origin, recipe, shares)}
     load_expert(model, folder)
     texts = {domain: cut_sequences(tokenizer, options.data), **cut_by_domain(tokenizer, options.others)}
+    tell("measuring each domain without and with the upgrade")
     made = replace_expert(model, Part("upgraded", "", rows), domain, texts, margin=options.margin)
     told = {"replaced": old, "by": name, "margin": options.margin, "before": made.before, "after": made.after}
     result = _write(base, found, out, Mixture(recipe, shares, "upgrade", told), permission)
@@ -226,11 +228,13 @@ def route(
     parts, model, tokenizer = parts_of(found), load_full(base, device=device_of()), load_tokenizer(base)
     origin = base_rows(model, parts)
     text = cut_sequences(tokenizer, options.train) if options.train else None
+    tell(f"making the routing ({options.method})")
     routing = Routing.make(options.method, model, parts, origin, top_k=options.top_k, text=text, steps=options.steps)
     texts = cut_by_domain(tokenizer, options.measure)
     losses = {"base": {name: loss(model, table) for name, table in texts.items()}}
     chosen = {part.name: Routing.one_hot(parts, place) for place, part in enumerate(parts)} | {"routed": routing}
     for variant, way in chosen.items():
+        tell(f"measuring {variant}")
         with variants_of(model, parts, origin, way):
             losses[variant] = {name: loss(model, table) for name, table in texts.items()}
     if out is not None:
@@ -246,6 +250,7 @@ def parts_of(experts: Sequence[Expert]) -> list[Part]:
 
 def learned_weights(base: Path, parts: Sequence[Part], recipe: Recipe, texts: Sequence[Path]) -> dict[str, float]:
     """Return the weights by part name under which the parts together have the least loss on the texts (LoRAHub)."""
+    tell("learning the weights")
     model, sequences = load_full(base, device=device_of()), cut_sequences(load_tokenizer(base), texts)
     origin = base_rows(model, parts)
     evaluator = Evaluator(model, layers_of(origin))

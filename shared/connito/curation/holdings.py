@@ -19,6 +19,7 @@ from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import Shelf
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
+from connito.runtime.progress import tell
 from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -81,6 +82,7 @@ class Holdings:
         try:
             return local.get(name)
         except NotFound as error:
+            tell(f"looking for {name} on the platform")
             try:
                 self._fetch(name, local)
             except NotFound:

@@ -14,6 +14,7 @@ from connito.library.membership import claimed
 from connito.library.record import RECORD_MEDIA_TYPE, encode
 from connito.library.schema import ExpertRecord
 from connito.platform.session import Session
+from connito.runtime.progress import tell
 from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -61,6 +62,7 @@ def _join(client: Client, library: Holdings, folder: Path, record: ExpertRecord)
             )
     session = Session.open(library.data_dir, role="customer")
     owned = claimed(record, session.identity.public)
+    tell(f"uploading {record['expert_id']} to the platform")
     expert, files, described = blocking(_upload(CustomerStore(session), folder, owned))
     client.library.deposit(expert, described, files)
     return Deposited(owned, on_platform=True)

@@ -29,6 +29,7 @@ from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
 from connito.moe.rows import read_rows, write_rows
+from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -117,6 +118,7 @@ def steer(base: Path, data: Sequence[Path], count: int = 8, factor: float = 0.0)
     few. Returns the drivers and what it saves on the text's other half."""
     model, tokenizer = load_full(base, device=device_of()), load_tokenizer(base)
     text, held_out = halves(cut_sequences(tokenizer, data))
+    tell("trying factors")
     return steer_drivers(model, text, held_out, count=count, factor=factor)
 
 
@@ -130,6 +132,7 @@ def skip(base: Path, data: Sequence[Path], beta: float | None = None, capacity: 
         full = loss(model, held_out)
         with experts_choose(model, capacity) as skipped:
             return Skipping({}, skipped.share, full, loss(model, held_out))
+    tell("finding thresholds")
     found = skip_thresholds(model, text[:, :-1])
     betas = found if beta is None else dict.fromkeys(found, beta)
     full = loss(model, held_out)
@@ -176,6 +179,7 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
     # Before anything is trained: what is tuned stands in the model afterwards.
     measured = {"full": loss(model, loaded.held_out)}
+    tell("choosing the experts that stay" if not options.steps else f"training for {options.steps} steps, and choosing")
     if options.method == "task":
         keep = _for_task(loaded, options.steps, settings)
     else:
@@ -183,6 +187,7 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     extra: dict[str, Mapping[str, torch.Tensor]] = {}
     if options.method == "moe-i2" and options.share is not None:
         extra["factors.safetensors"] = _shorten(loaded, keep, options, settings)
+    tell("measuring what is left")
     with pruning.masked(model, keep):
         measured["pruned"] = loss(model, loaded.held_out)
     return _export(loaded, out, ModelSource("prune", _UNNAMED, keep, settings, measured), extra, dense=options.dense)
@@ -240,6 +245,7 @@ def _thin(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     model, extra = loaded.model, dict[str, Mapping[str, "torch.Tensor"]]()
     measured = {"full": loss(model, loaded.held_out)}
     method, text = options.method, loaded.text[:, :-1]
+    tell("making every expert smaller")
     share = _share(options)
     teacher = copy.deepcopy(model) if method == "zeros" and options.steps else None
     settings: dict[str, Any] = {"method": method, "share": share, "data": digests(loaded.source.data), "tuned": True}

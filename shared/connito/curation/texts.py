@@ -14,6 +14,7 @@ import numpy as np
 from connito.data.encoding import encoder_of
 from connito.data.reading.texts import read_texts
 from connito.errors import Invalid
+from connito.runtime.progress import tell
 from connito.wire.hashing import hash_fields
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ LENGTH = 128
 
 def cut_sequences(tokenizer: Any, texts: Sequence[Path]) -> npt.NDArray[Any]:
     """Return the texts in a row as int32 [n, LENGTH + 1], or shorter where there is little text."""
+    tell(f"reading {', '.join(path.name for path in map(Path, texts))}")
     ids = array("i")
     for text in read_texts(texts):
         ids.extend([*encoder_of(tokenizer).encode([text])[0], tokenizer.eos_token_id])

@@ -23,6 +23,7 @@ from connito.library.record import encode
 from connito.library.schema import ExpertRecord, Loss, read_record
 from connito.moe.rows import base_digests, fingerprint, write_rows
 from connito.moe.state import save_state
+from connito.runtime.progress import tell
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def compose_experts(
     chosen = {part.name: float(weights.get(part.name, 1.0)) for part in parts}
     if unknown := sorted(set(weights) - set(chosen)):
         raise Invalid(f"there is a weight for {unknown[0]}, which is not among the experts {', '.join(chosen)}")
+    tell(f"merging {len(parts)} experts")
     rows = merge(parts, base, recipe, chosen) if trained is None else trained
     header = _header(model, parts, rows)
     losses = _measured(model, rows, base, texts or {})

@@ -27,6 +27,7 @@ from connito.library.card import write_card
 from connito.library.derived import model_record
 from connito.library.record import encode
 from connito.library.schema import Base, ExpertRecord, Loss, read_record
+from connito.runtime.progress import tell
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def export_model(
     """
     if out.exists() and any(out.iterdir()):
         raise Invalid(f"{out} is not empty: choose another folder")
+    tell(f"writing {out}")
     counts = {len(experts) for experts in source.keep.values()}
     if len(counts) > 1:
         raise Invalid(

@@ -15,6 +15,7 @@ from connito.errors import Invalid
 from connito.experts.measure import loss
 from connito.experts.prune import Keep, masked
 from connito.moe.statistics import RoutingStatistics, collect
+from connito.runtime.progress import tell
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ def extract_domain(
     Raises `Invalid` (RETENTION_BROKEN) with the cost when the held-out loss rises by more than `margin` nats per
     token, unless `accept_loss`.
     """
+    tell("counting what each expert is used for")
     order = ranking(collect(model, probe[:, :-1]))
     total = sum(map(len, order.values()))
     sizes = [per_layer] if per_layer else list(range(1, max(map(len, order.values())) + 1))
     full, tried, keep = loss(model, probe), list[tuple[int, float]](), Keep()
     for size in sizes:
         keep = {index: sorted(experts[:size]) for index, experts in order.items()}
+        tell(f"trying {size} experts a layer")
         try:
             with masked(model, keep):
                 tried.append((size, loss(model, probe)))

@@ -32,6 +32,7 @@ from connito.moe.resident import compress
 from connito.moe.router import Call, choice
 from connito.moe.state import raw_bytes, split_name
 from connito.moe.training import BETAS, train_local
+from connito.runtime.progress import tell
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def grow(
     the direction of the text's hidden states from the anchor's mean, as long as the anchor's rows are on average; both
     are then trained, everything of the anchor frozen.
     """
+    tell(f"training {name} for {len(batches)} steps")
     own = batches.reshape(-1, batches.shape[-1])[:, :-1]
     start = _start(model, name, own, anchor_text)
     grown = copy.deepcopy(model)

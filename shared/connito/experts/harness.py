@@ -16,6 +16,7 @@ from typing import Any
 from connito.errors import Invalid, NotFound
 from connito.library.interval import change_interval
 from connito.runtime.extras import sentence
+from connito.runtime.progress import tell
 
 NGRAM = 13
 _WORD = re.compile(r"\w+")
@@ -56,6 +57,7 @@ def _runs(text: str) -> Iterator[int]:
 
 def run(model: Any, tokenizer: Any, files: Sequence[Path], limit: int = 0) -> Samples:
     """Return every item's metrics by task, in the items' order."""
+    tell(f"asking {', '.join(file.stem for file in files)}")
     with harness():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -20,6 +20,7 @@ from connito.experts.tuning import LEARNING_RATE, batches_of
 from connito.moe.layout import require_moe_layers
 from connito.moe.resident import compress
 from connito.moe.training import train_local
+from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -78,6 +79,7 @@ def train_cluster(
     rate: float = LEARNING_RATE,
 ) -> Rows:
     """Return the rows that any of `members` has, trained from the bare base `model` on their texts int32 [n, L + 1] in turn."""
+    tell(f"training one expert for {len(members)}")
     layers = layers_of({key: None for part in members for key in part.rows})
     found = require_moe_layers(model)
     others = {i: [e for e in range(found[i].num_experts) if e not in experts] for i, experts in layers.items()}

@@ -13,6 +13,7 @@ import torch
 from connito.library.interval import change_interval
 from connito.library.schema import Loss
 from connito.moe.head import Head
+from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,7 +47,11 @@ class BaselineLosses:
     @classmethod
     def of(cls, model: nn.Module, texts: Texts) -> BaselineLosses:
         """Measure `texts`, int32 [n, L + 1] by domain."""
-        return cls(dict(texts), {domain: sequence_losses(model, table) for domain, table in texts.items()})
+        sums = {}
+        for domain, table in texts.items():
+            tell(f"measuring {domain}")
+            sums[domain] = sequence_losses(model, table)
+        return cls(dict(texts), sums)
 
     def compare(self, model: nn.Module) -> list[Loss]:
         """Return rows of a record: by domain the loss before and after, in nats per token, and the change's 95 %
@@ -54,6 +59,7 @@ class BaselineLosses:
         """
         rows: list[Loss] = []
         for domain, table in self.texts.items():
+            tell(f"measuring what {domain} loses")
             before, after = self.sums[domain], sequence_losses(model, table)
             counts = [int(table.shape[1]) - 1] * len(table)
             total = max(1, sum(counts))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from html import escape
 from typing import Any
 
@@ -12,6 +14,24 @@ Progress = Callable[[str, float], None]
 
 Notify = Callable[[str], None]
 """Called with one line for whoever waits."""
+
+
+_LISTENING: ContextVar[Notify] = ContextVar("listening")
+
+
+def tell(what: str) -> None:
+    """Say what begins now, to whoever listens: the work below them knows neither them nor how long it takes."""
+    _LISTENING.get(silent)(what)
+
+
+@contextmanager
+def listening(notify: Notify) -> Iterator[None]:
+    """Hear what `tell` says inside."""
+    token = _LISTENING.set(notify)
+    try:
+        yield
+    finally:
+        _LISTENING.reset(token)
 
 
 def silent(*_: object) -> None:

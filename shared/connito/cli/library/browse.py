@@ -14,7 +14,7 @@ from connito.cli.library.options import (
     ShelfOption,
     holdings,
 )
-from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table
+from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table, told
 from connito.library.schema import ExpertRecord
 from connito.library.scores import line
 from connito.render.formats import moment, size
@@ -77,6 +77,7 @@ def show(
 
 
 @app.command("search")
+@told
 def search(
     words: Annotated[list[str] | None, typer.Argument(help="Words to find: all of them, else any of them.")] = None,
     domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
