@@ -126,7 +126,7 @@ def _words(document: Any) -> str:
 def harness() -> Iterator[None]:
     """Keep the harness, and what it reads data with, from looking for anything on a hub; whatever a task stumbles over becomes
     one sentence: a task file is half a program, and its author has to know. Raises `Invalid`."""
-    names = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    names = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     kept = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:

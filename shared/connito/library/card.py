@@ -79,8 +79,7 @@ better, or a metric of lm-evaluation-harness.
 
 | benchmark or task | metric | base | result | change | items | 95 % interval of the change |
 |---|---|---:|---:|---:|---:|---|
-{rows}
-"""
+{rows}"""
 
 _LINEAGE = """\
 ## Lineage
