@@ -21,8 +21,9 @@ log = get_logger("engine")
 
 # After so long or so many messages, what was read is kept. What came since is read again after a kill.
 EVERY_SECONDS, EVERY_MESSAGES = 5.0, 4096
-# Keeping notes what is open, which with thousands of miners is much: it is done again after so many times as long as it took.
-REST = 100
+# Keeping notes what is open, which with thousands of miners is much: it is done again after so many times as long as it took,
+# or when so many messages wait in memory.
+REST, MOST_MESSAGES = 100, 16_384
 LOOKS, LOOK_SECONDS = 5, 0.2
 
 
@@ -67,7 +68,8 @@ class Keeping:
         self._changed.add(run_of(record.subject))
         self._messages += 1
         now = self._bus.host.monotonic()
-        if now >= self._due or (self._messages >= EVERY_MESSAGES and now >= self._soonest):
+        enough = self._messages >= EVERY_MESSAGES and now >= self._soonest
+        if now >= self._due or enough or self._messages >= MOST_MESSAGES:
             self.keep()
             done = self._bus.host.monotonic()
             self._soonest = done + REST * (done - now)

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 from connito.bus import Bus
-from connito.service.keeping import EVERY_MESSAGES, EVERY_SECONDS, REST, Keeping
+from connito.service.keeping import EVERY_MESSAGES, EVERY_SECONDS, MOST_MESSAGES, REST, Keeping
 from connito.wire.fact import Record
 from connito.wire.kept import Kept
 from connito.wire.log import Log
@@ -38,3 +38,11 @@ def test_what_takes_long_to_keep_is_kept_less_often_however_much_comes(takes: fl
     before = len(log.noted)
     keeping.read(Record("TRAIN", 1 << 20, "connito.v1.r.train.1.opened", b"", 1))
     assert len(log.noted) == before + 1
+
+
+def test_a_long_log_is_not_gathered_in_memory_however_long_keeping_takes() -> None:
+    log = Slow(60.0)
+    keeping = Keeping(Kept(), log, cast(Bus, SimpleNamespace(host=SimpleNamespace(monotonic=lambda: log.now))))
+    for sequence in range(10 * MOST_MESSAGES):
+        keeping.read(Record("TRAIN", sequence + 1, "connito.v1.r.train.1.opened", b"", 1))
+    assert 9 <= len(log.noted) <= 11
