@@ -1,7 +1,8 @@
 """Reading streams from the start and staying, by direct gets: no consumer on the broker, nothing there to keep or to clean up.
 
 The position (last sequence seen) lives here. The broker repeats the subject of what it stores under `live.<stream>.`: a hint
-to look again and never evidence, since others may be able to write there. Who missed one looks again after a while.
+to look again and never evidence, since others may be able to write there. Who missed one looks again after a while, and soon
+where something happened in any of its streams and nothing more came: what follows it may be what was missed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from connito.wire.fact import Record
 
 log = get_logger("bus.follow")
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS, QUIET_SECONDS = 5.0, 1.0
 BATCH, BATCH_BYTES = 256, 1 << 18
 # A replica that answers may be behind the one that hinted: look again this soon, then ever later, then wait for the next hint.
 SOON, LATE = 0.01, 0.5
@@ -94,9 +95,11 @@ async def follow(
             if not behind:
                 await queue.put(CaughtUp())
 
+    news = _News()
     filters = {name: STREAMS[name].filter(run, of_all=of_all) for name in streams}
     readers = [
-        _Reader(connection, name, filters[name], start.get(name, 1), queue, reached_end, patience) for name in streams
+        _Reader(connection, name, filters[name], start.get(name, 1), queue, reached_end, patience, news)
+        for name in streams
     ]
     tasks = [asyncio.create_task(reader.run()) for reader in readers]
     try:
@@ -146,6 +149,13 @@ async def hear(connection: Connection, stream: str, subject: str, heard: Callabl
         raise connection.explain(error, f"stream {stream}") from error
 
 
+@dataclass
+class _News:
+    """When something was last heard of any of the streams that are followed together."""
+
+    at: float = -math.inf
+
+
 class _Reader:
     """Follows one stream into a queue."""
 
@@ -158,8 +168,12 @@ class _Reader:
         queue: asyncio.Queue[Item],
         reached_end: Any,
         patience: float,
+        news: _News,
     ) -> None:
-        self.patience, self.answered_at = patience, time.monotonic()
+        self.patience, self.answered_at, self.news = patience, time.monotonic(), news
+        # Strangers are many, and theirs is a mirror that stands behind.
+        self.quiet = math.inf if connection.stranger else QUIET_SECONDS
+        self.looked_behind = -math.inf
         self.connection, self.stream, self.queue = connection, stream, queue
         self.what = f"reading {stream} {next(_NUMBERS)}"
         self.subject = f"$JS.API.DIRECT.GET.{stream}"
@@ -233,6 +247,7 @@ class _Reader:
     async def _on_hint(self, msg: Any) -> None:
         with suppress(ValueError):
             self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
+        self.news.at = time.monotonic()
         self.hint.set()
 
     async def _pace(self) -> bool:
@@ -253,9 +268,16 @@ class _Reader:
         missing = self.hinted >= self.next_sequence
         if not missing or delay > LATE:
             self.hinted, missing, delay = 0, False, SOON
-        with suppress(TimeoutError):
-            async with asyncio.timeout(delay if missing else LOOK_SECONDS):
-                await self.hint.wait()
+        began = now = time.monotonic()
+        while not self.hint.is_set() and now < began + (delay if missing else LOOK_SECONDS):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(began + (delay if missing else LOOK_SECONDS) - now, self.quiet)):
+                    await self.hint.wait()
+            now = time.monotonic()
+            if self.news.at > self.looked_behind and now >= began + self.quiet:
+                # What came less than this ago may have something behind it yet.
+                self.looked_behind = now - self.quiet
+                break
         return 2 * delay if missing else SOON
 
     async def _ask(self, inbox: str) -> bool:
@@ -312,4 +334,5 @@ class _Reader:
         self.next_sequence = record.sequence + 1
         metrics.EVENTS_RECEIVED.labels(self.stream).inc()
         if self.live:
+            self.news.at = time.monotonic()
             metrics.EVENT_LAG_SECONDS.labels(self.stream).set(max(0.0, time.time() - record.time_unix_ms / 1000))

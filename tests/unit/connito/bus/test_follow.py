@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from connito.bus import follow as following
 from connito.bus.follow import CaughtUp, follow
+from connito.runtime.tasks import end_tasks
 from connito.wire.fact import Record
 
 from tests.sim.clockwork import VirtualLoop
@@ -22,12 +23,12 @@ Callback = Callable[[Any], Awaitable[None]]
 class Client:
     """A broker with one stream, and the connection to it."""
 
-    is_closed = False
+    is_closed = stranger = False
 
     def __init__(self) -> None:
         self.stored: list[bytes] = []
         self.listening: dict[str, Callback] = {}
-        self.hints = self.looks = 0
+        self.hints = self.looks = self.inboxes = 0
         self.nc, self.on_reconnect = self, list[Callable[[], None]]()
 
     def require(self) -> None:
@@ -38,7 +39,8 @@ class Client:
         yield asyncio.get_running_loop().create_future()
 
     def new_inbox(self) -> str:
-        return "inbox"
+        self.inboxes += 1
+        return f"inbox{self.inboxes}"
 
     async def subscribe(self, subject: str, cb: Callback) -> Any:
         self.listening[subject] = cb
@@ -143,3 +145,51 @@ def test_hints_at_nothing_do_not_make_a_reader_busy(loop: VirtualLoop) -> None:
         await items.aclose()
 
     loop.run_until_complete(follow_it())
+
+
+class Several(Client):
+    """The same with a log for each stream."""
+
+    def __init__(self, *streams: str) -> None:
+        super().__init__()
+        self.logs = {stream: list[bytes]() for stream in streams}
+
+    async def publish(self, subject: str, data: bytes, reply: str) -> None:
+        self.stored = self.logs[subject.rpartition(".")[2]]
+        await super().publish(subject, data, reply)
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_a_lost_hint_costs_a_moment_where_something_else_was_heard(loop: VirtualLoop, stranger: bool) -> None:
+    """What a service waits for comes in another stream than what it heard before, and often at once behind it."""
+    client = Several("TRAIN", "COMMIT")
+    client.stranger = stranger
+    came: dict[bytes, float] = {}
+
+    async def read() -> None:
+        async with aclosing(follow(client, ["TRAIN", "COMMIT"], "", {})) as items:  # type: ignore[arg-type]
+            async for item in items:
+                if isinstance(item, Record):
+                    came[item.data] = loop.time()
+
+    async def scenario() -> None:
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(7.0)
+        client.logs["TRAIN"].append(b"heard")
+        for subject, hear in list(client.listening.items()):
+            if subject.startswith("live.TRAIN."):
+                await hear(SimpleNamespace(headers={"Nats-Sequence": "1"}))
+        await asyncio.sleep(0.2)
+        for stream in client.logs:
+            client.logs[stream].append(stream.encode())
+        lost = loop.time()
+        await asyncio.sleep(10.0)
+        assert set(came) == {b"heard", b"TRAIN", b"COMMIT"}
+        late = [came[stream.encode()] - lost for stream in client.logs]
+        assert (max(late) < 1.0) != stranger
+        looks = client.looks
+        await asyncio.sleep(100.0)
+        assert client.looks - looks <= 2 * 21, "at rest a stream is looked at every five seconds"
+        await end_tasks([reading])
+
+    loop.run_until_complete(scenario())
