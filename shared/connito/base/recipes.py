@@ -61,6 +61,18 @@ def cached_manifest(name: str) -> Manifest:
     return replace(Manifest.load(cached_base(name) / _MANIFEST), name=name, named=False)
 
 
+def is_whole(name: str) -> bool:
+    """Return whether the base called `name` is built, and every file of it is as it was then."""
+    from connito.store.cache import digest_of_file
+
+    target = cached_base(name)
+    try:
+        files = Manifest.load(target / _MANIFEST).files.values()
+        return all(digest_of_file(target / "model" / one.name) == (one.digest, one.size) for one in files)
+    except (OSError, Invalid):
+        return False
+
+
 def source_digest(*modules: str) -> str:
     """Return hex SHA-256 over the source of `modules`, without importing them."""
     state = hashlib.sha256()
@@ -109,12 +121,14 @@ def build_base(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def build_cached(name: str, progress: Progress) -> Path:
-    """Return the base of that name, built if this machine has none yet, with its manifest beside the weights. Imports
-    torch.
+    """Return the base of that name, built if this machine has none yet or a damaged one, with its manifest beside the weights.
+    Imports torch.
     """
     from connito.base.description import build_manifest
 
     target = cached_base(name)
+    if target.is_dir() and not is_whole(name):
+        shutil.rmtree(target)  # What links to its files verifies them itself.
     with fresh_folder(target) as draft:
         if draft is not None:
             _build(Recipe(name), draft / "model", progress)

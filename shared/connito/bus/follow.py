@@ -151,7 +151,7 @@ async def hear(connection: Connection, stream: str, subject: str, heard: Callabl
 
 @dataclass
 class _News:
-    """When something was last heard of any of the streams that are followed together."""
+    """Holds when something was last heard of any of the streams that are followed together."""
 
     at: float = -math.inf
 

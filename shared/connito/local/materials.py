@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.base.corpora import Plan
-from connito.base.recipes import cached_base, cached_manifest
+from connito.base.recipes import cached_base, cached_manifest, is_whole
 from connito.base.upload import HOLDOUT, PUBLIC, upload_base
 from connito.data.corpus import Corpus
 from connito.data.manifest import FileEntry, Manifest
@@ -111,8 +111,9 @@ async def prepare(installation: Installation, options: UpOptions, profile: Profi
 async def _base(installation: Installation, options: UpOptions, display: Display) -> tuple[Path, Manifest]:
     if options.base in ("demo", "tiny"):
         target = cached_base(options.base)
-        if not target.is_dir():
-            display.say(f"building the {options.base} base, once for this machine, into {target}")
+        if not await asyncio.to_thread(is_whole, options.base):
+            again = "; the one that is there is damaged" if target.is_dir() else ""
+            display.say(f"building the {options.base} base, once for this machine, into {target}{again}")
             await run_task(installation, "build_base", {"name": options.base}, display.progress)
         return target / "model", cached_manifest(options.base)
     folder, out = Path(options.base).absolute(), installation.data.root / "base-manifest.json"
