@@ -131,6 +131,7 @@ class Supervisor:
             assert server.process is not None
             code = int(server.process.returncode)
             await self._rest(kept, code)
+            await self._wait_for_ports(server)
             self._again(kept, code)
             try:
                 await patiently(server.program, partial(self._start_server, server), self._announce)
@@ -168,6 +169,18 @@ class Supervisor:
             told, kept.deaths = True, []
             await asyncio.sleep(_FIRST_DELAY)
         await asyncio.sleep(kept.died(code, time.monotonic()))
+
+    async def _wait_for_ports(self, server: Server) -> None:
+        """Wait until nobody else has a server's port: everybody here knows it by that one."""
+        told = False
+        while True:
+            try:
+                return server.check_ports()
+            except Invalid as error:
+                if not told:
+                    self._announce(f"{server.program} waits: {error}")
+                told = True
+                await asyncio.sleep(_LOOK_EVERY)
 
     async def _set_aside(self, kept: _Supervised, code: int) -> None:
         kept.pid = 0

@@ -84,7 +84,7 @@ class Server:
         assert not self.running, "the server is running already"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._check_ports()
+        self.check_ports()
         command = self._prepare()
         if progress is not None:
             progress(f"starting {self.program}")
@@ -144,7 +144,8 @@ class Server:
         self.kill()
         raise Retry(f"{self.program} is not ready after {START_SECONDS:.0f} s: {problem}; see {self.log_file}")
 
-    def _check_ports(self) -> None:
+    def check_ports(self) -> None:
+        """Raise `Invalid` where another program has a port that this one needs."""
         for what, port in self._ports().items():
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

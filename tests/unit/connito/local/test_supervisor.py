@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from connito.local.fork_server import check_fork_safe
 from connito.local.processes import ForkLauncher, Launcher, PlainLauncher, Process, Program
 from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir, is_running
-from connito.platform.servers import Server
+from connito.platform.servers import Server, free_ports
 
 from tests.support.waiting import PATIENCE, until, until_logged
 
@@ -239,6 +240,61 @@ async def test_a_server_that_did_not_begin_keeps_its_cause_on_a_full_disk(
         async with asyncio.timeout(PATIENCE):
             await Supervisor(data, lambda _: None).serve(server)
     assert raised.value is error
+
+
+class Listening(Server):
+    """A server that holds its port for as long as it lives."""
+
+    program = "listening"
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir)
+        (self.port,), self.asked, self.taken = free_ports(1), 0, False
+
+    def check_ports(self) -> None:
+        self.asked += 1
+        if self.taken:
+            raise Invalid("it is being taken")
+        super().check_ports()
+
+    def _prepare(self) -> list[str]:
+        return [
+            sys.executable,
+            "-c",
+            f"import socket; s = socket.create_server(('127.0.0.1', {self.port})); s.accept()",
+        ]
+
+    def _ports(self) -> dict[str, int]:
+        return {"clients": self.port}
+
+    def _not_ready(self) -> str:
+        try:
+            self.check_ports()
+        except Invalid:
+            return ""
+        return "it does not listen yet"
+
+
+async def test_a_server_whose_port_another_took_while_it_was_down_waits_for_it(data: DataDir) -> None:
+    said: list[str] = []
+    supervisor, server = Supervisor(data, said.append), Listening(data.root)
+    await supervisor.serve(server)
+    first, squatter = server.pid, socket.socket()
+    squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.taken = True
+    server.kill()
+    squatter.bind(("127.0.0.1", server.port))
+    squatter.listen()
+    server.taken, before = False, server.asked
+    # As often as a server may die, and more.
+    await until(lambda: server.asked > before + 8 or supervisor.failed.done())
+    assert not supervisor.failed.done()
+    squatter.close()
+    await until(lambda: server.pid != first)
+    (told,) = [line for line in said if "waits" in line]
+    assert "taken" in told or "another program has it" in told
+    assert supervisor.restarts == {"listening": 1}
+    await supervisor.stop()
 
 
 async def test_a_server_that_ends_on_a_full_disk_waits_and_the_cause_is_kept(
