@@ -47,6 +47,59 @@
 {{- end -}}
 {{- end -}}
 
+{{/* A quantity as a number. */}}
+{{- define "connito.amount" -}}
+{{- if kindIs "string" . -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 -}}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .) | default 1) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Keep the last of variables with one name, and refuse what an API server would, in an object: (object) */}}
+{{- define "connito.checked" -}}
+{{- $where := printf "%s %s" .kind .metadata.name -}}
+{{- $spec := .spec | default dict -}}
+{{- $template := ternary (dict "spec" $spec) ($spec.template | default dict) (eq .kind "Pod") -}}
+{{- if kindIs "map" $template.spec -}}
+{{- range $name, $value := ($spec.selector | default dict).matchLabels -}}
+{{- if ne (toString $value) (toString (get $template.metadata.labels $name)) -}}
+{{- fail (printf "%s: the label %s of its pods has to stay %s, by which they are found" $where $name $value) -}}
+{{- end -}}
+{{- end -}}
+{{- $volumes := list -}}
+{{- range concat ($template.spec.volumes | default list) -}}{{- $volumes = append $volumes .name -}}{{- end -}}
+{{- range $spec.volumeClaimTemplates -}}{{- $volumes = append $volumes .metadata.name -}}{{- end -}}
+{{- $containers := list -}}
+{{- range concat ($template.spec.initContainers | default list) $template.spec.containers -}}
+{{- $containers = append $containers .name -}}
+{{- $known := dict -}}
+{{- $env := list -}}
+{{- range reverse (.env | default list) -}}
+{{- if not (hasKey $known .name) -}}{{- $env = prepend $env . -}}{{- $_ := set $known .name true -}}{{- end -}}
+{{- end -}}
+{{- if $env -}}{{- $_ := set . "env" $env -}}{{- end -}}
+{{- $container := .name -}}
+{{- $limits := (.resources | default dict).limits | default dict -}}
+{{- range $what, $asked := (.resources | default dict).requests -}}
+{{- if and (hasKey $limits $what) (gt (include "connito.amount" $asked | float64) (include "connito.amount" (get $limits $what) | float64)) -}}
+{{- fail (printf "%s: %s has resources.requests.%s %v and may have no more than %v: lower the one or raise the other" $where $container $what $asked (get $limits $what)) -}}
+{{- end -}}
+{{- end -}}
+{{- range .volumeMounts -}}
+{{- if not (has .name $volumes) -}}{{- fail (printf "%s: %s mounts %s, and there is no such volume: add it to extraVolumes" $where $container .name) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $what, $names := dict "volumes" $volumes "containers" $containers -}}
+{{- if ne (len $names) (len (uniq $names)) -}}{{- fail (printf "%s has two %s of one name: %s" $where $what (join ", " (sortAlpha $names))) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .kind "HorizontalPodAutoscaler") (gt (int $spec.minReplicas) (int $spec.maxReplicas)) -}}
+{{- fail (printf "%s: minReplicas is %v and maxReplicas %v" $where $spec.minReplicas $spec.maxReplicas) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Everything the chart makes: common labels, patches, and for a Job a name that says what is in it. (list root names) */}}
 {{- define "connito.emit" -}}
 {{- $root := index . 0 -}}
@@ -76,6 +129,7 @@
 {{- $_ := set $fitted (toString $index) true -}}
 {{- end -}}
 {{- end -}}
+{{- include "connito.checked" $object -}}
 {{- if eq $object.kind "Job" }}
 {{- /* Jobs cannot be changed: whatever changes in one makes another one. */}}
 {{- $_ := set $object.metadata "name" (printf "%s-%s" $object.metadata.name (toJson $object.spec | sha256sum | trunc 8)) }}

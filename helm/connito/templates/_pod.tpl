@@ -54,7 +54,7 @@ capabilities: { drop: [ALL] }
 {{- with .Values.store.publicEndpoint }}
 - { name: CONNITO_S3_PUBLIC_ENDPOINT, value: {{ . | quote }} }
 {{- end }}
-- { name: CONNITO_S3_BUCKET, value: {{ .Values.store.bucket | quote }} }
+- { name: CONNITO_S3_BUCKET, value: {{ .Values.store.bucket | default (include "connito.fullname" .) | quote }} }
 - { name: CONNITO_S3_REGION, value: {{ .Values.store.region | quote }} }
 {{- if ne .Values.store.auth "keys" }}
 - { name: CONNITO_S3_CREDENTIALS, value: {{ .Values.store.auth }} }
@@ -123,7 +123,12 @@ labels:
   {{- with index . 3 }}
   connito-workload: {{ . }}
   {{- end }}
-  {{- with $conf.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+  {{- range $name, $value := $conf.podLabels }}
+  {{- if regexMatch "^(app.kubernetes.io/(name|instance|version|component|managed-by|part-of)|helm.sh/chart|connito-workload)$" $name }}
+  {{- fail (printf "podLabels: %s is the chart's own; policies and Services find pods by it" $name) }}
+  {{- end }}
+  {{ $name }}: {{ $value | quote }}
+  {{- end }}
 {{- with $conf.podAnnotations }}
 annotations: {{- toYaml . | nindent 2 }}
 {{- end }}

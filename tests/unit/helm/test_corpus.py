@@ -273,3 +273,37 @@ def check_every_own_container_is_restricted(objects: tuple[Object, ...]) -> None
 def test_what_would_fail_later_is_refused_at_once(on: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(HelmError, match=message):
         render(over(values_of(on), values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pods": {"podLabels": {"connito-workload": "x"}}}, "connito-workload is the chart's own"),
+        ({"pods": {"podLabels": {"a": "x y"}}}, "podLabels/a"),
+        ({"coordinator": {"service": {"labels": {"a b": "x"}}}}, "a b"),
+        ({"pods": {"nodeSelector": {"a": "x y"}}}, "nodeSelector/a"),
+        ({"commonAnnotations": {"a b": "c"}}, "a b"),
+        ({"coordinator": {"extraVolumes": [{"name": "key", "emptyDir": {}}]}}, "two volumes of one name"),
+        ({"coordinator": {"extraVolumeMounts": [{"name": "z", "mountPath": "/z"}]}}, "mounts z, and there is no such"),
+        ({"coordinator": {"extraContainers": [{"name": "coordinator", "image": "a"}]}}, "two containers of one name"),
+        ({"validator": {"resources": {"limits": {"memory": "2Gi"}}}}, r"requests\.memory 4Gi and may have no more than 2Gi"),
+        ({"committer": {"resources": {"limits": {"cpu": "50m"}}}}, r"requests\.cpu 100m and may have no more than 50m"),
+        ({"networkPolicy": {"api": {"from": [{}]}}}, "api/from/0"),
+        ({"library": {"hpa": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}}, "minReplicas is 5 and maxReplicas 2"),
+        ({"coordinator": {"image": {"tag": "a b"}}}, "image/tag"),
+        ({"store": {"existingSecret": "My_Secret"}}, "store/existingSecret"),
+        ({"pods": {"priorityClassName": "{{ .Values }}"}}, "priorityClassName"),
+    ],
+)  # fmt: skip
+def test_what_an_api_server_would_refuse_is_refused_first(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmError, match=message):
+        render(over(values_of("platform"), values))
+
+
+def test_a_variable_that_is_set_twice_is_there_once_as_it_was_set_last() -> None:
+    more = {"env": {"CONNITO_LOG_LEVEL": "error", "A": 1}, "extraEnv": [{"name": "A", "value": "2"}]}
+    objects = render(over(values_of("platform"), {"committer": more}))
+    found = pod_specs(objects)["Deployment/connito-committer"]["containers"][0]["env"]
+    assert len({one["name"] for one in found}) == len(found)
+    assert {"name": "CONNITO_LOG_LEVEL", "value": "error"} in found
+    assert {"name": "A", "value": "2"} in found
