@@ -35,7 +35,11 @@ EVERY = (
     Page(costs_page.COSTS, ("engine", "goals"), costs_page.render_costs),
     _part(systems_page.PAGE, "systems", lambda _, document: systems_page.render(document)),
     *(_part(library_page.PAGE, name, library_page.render) for name in library_page.PARTS),
-    _part(wire_page.PAGE, "wire", lambda _, document: wire_page.render(document)),
+    Page(
+        wire_page.PAGE,
+        wire_page.NAMES,
+        lambda _, documents: wire_page.render(*(documents[name] for name in wire_page.NAMES)),
+    ),
     _part(attacks_page.PAGE, "work_rates", attacks_page.render),
     _part(attacks_page.PAGE, "claim_lies", attacks_page.render_claims),
     _part(attacks_page.PAGE, "work_again", attacks_page.render_again),

@@ -1,6 +1,6 @@
-"""The page on wires, made from what `bench.wire` wrote: `python -m bench.wire_page --from OUT/wire.json`.
+"""The page on wires, made from what `bench.wire` and `bench.hostile_codes` wrote: `python -m bench.wire_page OUT/wire.json …`.
 
-Copies the document to `docs/evidence` and writes `docs/explanation/wires.md`, so that no figure there is typed. A unit test
+Copies the documents to `docs/evidence` and writes `docs/explanation/wires.md`, so that no figure there is typed. A unit test
 renders it again from the copy.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 from bench.harness import interval
 
-PAGE, EVIDENCE = ROOT / "docs/explanation/wires.md", COPIES / "wire.json"
+PAGE, NAMES = ROOT / "docs/explanation/wires.md", ("wire", "hostile_codes")
 DEFAULT = "ternary"
 # (times fewer bytes, than what, share of the gain that is to be kept): rows are what was sent before there were codecs.
 GOALS = ((24, "fewer_than_rows", "rows", 0.98), (500, "fewer_than_dense", "the dense model in float16", 0.95))
@@ -31,7 +31,7 @@ PAIRS = {
 STEPS, UNCODED = ("steps in int8", "steps in int4", "steps in ternary"), "ternary, no feedback"
 
 
-def render(document: Document) -> str:
+def render(document: Document, hostile: Document) -> str:
     """Return the page."""
     parts = [
         _HEAD,
@@ -39,6 +39,7 @@ def render(document: Document) -> str:
         _uploads(document),
         _downloads(document),
         _feedback(document),
+        _hostile(hostile),
         _cells(document),
         _END,
     ]
@@ -131,6 +132,23 @@ do so for `low-rank` and `top-k` alone."""
     return f"## Error feedback\n\n{told}\n\n{table(head, rows)}\n"
 
 
+def _hostile(document: Document) -> str:
+    """Return what came of uploads that no encoder writes."""
+    told, settings = document["figures"], document["settings"]
+    kept = {"inputs", "most_bytes", "bound", "within"}
+    refused = " and ".join(
+        f"{count:,} were refused as {reason}" for reason, count in told.items() if reason not in {*kept, "decoded"}
+    )
+    bound = "within" if told["within"] else "beyond"
+    return f"""## Uploads that nobody's encoder wrote
+
+`bench.hostile_codes`: {told["inputs"]:,} files of {len(settings["codecs"])} codecs, damaged or made of any bytes,
+{settings["seeds"]} seeds. None ended the decoder: {refused}, {told["decoded"]:,} decoded to finite numbers.
+Of every sixteenth the memory was traced: at most {told["most_bytes"]:,} bytes beside the file, {bound} the bound of {told["bound"]:,}.
+[Every number](../evidence/hostile_codes.json).
+"""
+
+
 def _cells(document: Document) -> str:
     parts = []
     for key in sorted({(kind, h) for _, h, kind in _measured(document)}):
@@ -211,13 +229,12 @@ coding left out a cycle later is late by that cycle.
 
 
 def main() -> None:
-    """Copy the document and write the page."""
+    """Copy the documents and write the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.wire_page", description=__doc__)
-    parser.add_argument("--from", dest="source", type=Path, default=Path("out/bench/wire.json"))
-    source = parser.parse_args().source
-    document = json.loads(source.read_text())
-    shutil.copyfile(source, EVIDENCE)
-    PAGE.write_text(render(document))
+    parser.add_argument("documents", type=Path, nargs="*", help="what the benches wrote; others stay as they are")
+    for source in parser.parse_args().documents:
+        shutil.copyfile(source, COPIES / source.name)
+    PAGE.write_text(render(*(json.loads((COPIES / f"{name}.json").read_text()) for name in NAMES)))
 
 
 if __name__ == "__main__":
