@@ -143,8 +143,10 @@ def _hostile(document: Document) -> str:
     return f"""## Uploads that nobody's encoder wrote
 
 `bench.hostile_codes`: {told["inputs"]:,} files of {len(settings["codecs"])} codecs, damaged or made of any bytes,
-{settings["seeds"]} seeds. None ended the decoder: {refused}, {told["decoded"]:,} decoded to finite numbers.
-Of every sixteenth the memory was traced: at most {told["most_bytes"]:,} bytes beside the file, {bound} the bound of {told["bound"]:,}.
+{settings["seeds"]} seeds. None ended the decoder: {refused},
+{told["decoded"]:,} decoded to finite numbers.
+Of every sixteenth the memory was traced: at most {told["most_bytes"]:,} bytes beside the file, {bound} the bound of
+{told["bound"]:,}.
 [Every number](../evidence/hostile_codes.json).
 """
 
