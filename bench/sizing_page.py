@@ -113,6 +113,13 @@ def _far(last: list[dict[str, Any]], figures: dict[str, Any]) -> str:
 that is {seconds:.0f} CPU seconds a cycle {kind} where {GOAL} are the goal: {verdict}. They go to: {shares}."""
 
 
+def _start(found: Document) -> str:
+    """Return seconds of the clock and, where they were measured, of the processor, and memory at the end and at most."""
+    cpu = f" ({found['cpu_s']:.1f} CPU)" if "cpu_s" in found else ""
+    peak = f" (at most {found['peak_mb']:.0f})" if found.get("peak_mb", 0) > found["rss_mb"] + 1 else ""
+    return f"{found['seconds']:.1f} s{cpu}, {found['rss_mb']:.0f} MB{peak}"
+
+
 def _starts(document: Document) -> str:
     settings, machine, rows = document["settings"], document["machine"], document["rows"]
     lines = [
@@ -121,7 +128,7 @@ def _starts(document: Document) -> str:
             str(row["miners"]),
             str(row["cycles"]),
             str(row["messages"]),
-            *(f"{row[start]['seconds']:.1f} s, {row[start]['rss_mb']:.0f} MB" for start in ("first", "again")),
+            *(_start(row[start]) for start in ("first", "again")),
             f"{row['kept_mb']:.1f} MB",
         ]
         for row in sorted(rows, key=lambda row: (row["service"], row["miners"], row["cycles"]))

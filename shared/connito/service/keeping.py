@@ -23,7 +23,7 @@ log = get_logger("engine")
 EVERY_SECONDS, EVERY_MESSAGES = 5.0, 4096
 # Keeping notes what is open, which with thousands of miners is much: it is done again after so many times as long as it took,
 # or when so many messages wait in memory.
-REST, MOST_MESSAGES = 100, 16_384
+REST, MOST_MESSAGES = 100, 8192
 LOOKS, LOOK_SECONDS = 5, 0.2
 
 
