@@ -19,7 +19,7 @@ from connito.errors import ConnitoError
 from connito.platform.datadir import DataDir
 from connito.platform.session import local_store
 from connito.store import ArtifactStore
-from connito.store.artifacts import REALMS
+from connito.store.named import ref_of_key
 from connito.v1.artifacts_pb2 import ArtifactRef
 
 from bench.chaos_cluster import lag
@@ -135,9 +135,7 @@ class Faults:
             return
         with suppress(ConnitoError, StopIteration):
             found = self.rng.choice(sorted(await store.objects(), key=lambda one: one.key))
-            realm = next(number for number, name in REALMS.items() if found.key.startswith(f"{name}/"))
-            media_type = await store.media_type(found.key)
-            ref = ArtifactRef(digest=found.digest, size=found.size, media_type=media_type, realm=realm)
+            ref = ref_of_key(found.key, found.size, await store.media_type(found.key))
             content = await store.get_bytes(ref)
             # Before it is gone: whatever happens meanwhile, it comes back.
             self._restoring.append(asyncio.create_task(self._restore(ref, content, self.rng.uniform(*LASTS))))

@@ -24,7 +24,7 @@ from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import bind_run, get_logger
 from connito.service.engine import Action
 from connito.store import ArtifactStore
-from connito.v1 import artifacts_pb2, cycle_pb2
+from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import BenchmarksMeasured, RunSpec
 from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.enums import plain_name, reason_name
@@ -35,8 +35,6 @@ from connito.workloads.fetching import fetch_base, fetch_holdouts
 from connito.workloads.gating import GateEvaluator
 
 from .handlers import Benchmark, Merge, Preload
-
-PUBLIC = artifacts_pb2.REALM_PUBLIC
 
 log = get_logger("aggregator")
 
@@ -176,9 +174,7 @@ class Aggregator:
         made = [(merged.state, version.state), (merged.momentum, version.outer_state)]
         if merged.step is not None:
             made.append((merged.step, version.step))
-        await asyncio.gather(
-            *(self._store.put_file(path, ref.media_type, PUBLIC, cache=True, known=ref) for path, ref in made)
-        )
+        await asyncio.gather(*(self._store.put_file(path, ref.media_type, cache=True, known=ref) for path, ref in made))
         for message in (merged.scored, merged.version):
             as_recorded(message, self._facts(run).spec)
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)

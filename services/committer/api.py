@@ -11,8 +11,9 @@ from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import check_fresh, open_request
 from connito.store import ArtifactStore
+from connito.store.named import is_digest
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
-from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
@@ -59,7 +60,7 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         artifact = command.artifact
         if self._may_be_there(command) and await self._store.stat(artifact) == artifact.size:
             return services_pb2.RequestUploadResponse(present=True)
-        url, headers = self._store.presign_put(artifact, self._presign_seconds)
+        url, headers = self._store.presign_put(artifact, self._presign_seconds, command.sent)
         return services_pb2.RequestUploadResponse(url=url, headers=headers)
 
     def _may_be_there(self, command: services_pb2.UploadCommand) -> bool:
@@ -88,7 +89,12 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
 
     async def _permit_corpus(self, customer: str, command: services_pb2.UploadCommand) -> None:
         """Let a customer upload what a run of its own may name. The address is good for these bytes alone, whoever asks."""
-        allowed = command.artifact.realm in (REALM_PUBLIC, REALM_HOLDOUT) and 0 < command.artifact.size <= MAX_OBJECT
+        realms = (REALM_PUBLIC, REALM_HOLDOUT, REALM_PRIVATE)
+        allowed = command.artifact.realm in realms and 0 < command.artifact.size <= MAX_OBJECT
+        if command.artifact.realm == REALM_PRIVATE:
+            allowed = (
+                allowed and is_digest(command.sent) and await self._store.owner(command.artifact.secret) == customer
+            )
         roster = self._state.roster
         if not (allowed and roster.permits("customer", customer) and not roster.only_reads(customer)):
             raise Invalid(
@@ -108,7 +114,9 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         self._limit.take(signer, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         refs = await self._entitled(signer, command)
         urls = {digest: await self._url(refs.get(digest), digest, command.run) for digest in command.digests}
-        return services_pb2.RequestDownloadsResponse(urls=urls)
+        private = [refs[digest] for digest in urls if refs[digest].realm == REALM_PRIVATE]
+        keys = {ref.digest: await self._store.boxed_key(ref, signer) for ref in private}
+        return services_pb2.RequestDownloadsResponse(urls=urls, keys=keys)
 
     async def _entitled(self, signer: str, command: services_pb2.DownloadsCommand) -> dict[str, ArtifactRef]:
         try:

@@ -27,12 +27,14 @@ from connito.runtime.tasks import end_tasks
 from connito.runtime.waiting import LONGEST, WAITING, delay, here_and_now
 from connito.service.pausing import MAX_DETAIL
 from connito.store import ArtifactStore
-from connito.v1 import artifacts_pb2, run_pb2
+from connito.v1 import run_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.bounds import cut
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
+from connito.wire.private import placed
 from connito.wire.roster import Roster
 from connito.wire.subjects import run_of
 from connito.wire.verification import verify_fact
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 # How long a reader waits for the catalogue to come level with the log.
 CURRENT_SECONDS = 5.0
-PUBLIC = artifacts_pb2.REALM_PUBLIC
 
 
 class Depositor:
@@ -104,6 +105,7 @@ class Depositor:
         return log.runs.get(run, RunFacts(run))
 
     async def _deposit(self, facts: RunFacts, decision: Deposit) -> run_pb2.ExpertDeposited:
+        place = placed(facts.require_spec())
         state = await self._store.fetch(decision.state)
         report = parse_json(await self._store.get_bytes(facts.require_selection().report))
         header = decision.with_base(report.get("base", {}))
@@ -111,26 +113,26 @@ class Depositor:
             path = Path(folder) / "expert.safetensors"
             digest = await asyncio.to_thread(write_expert, state, path, header)
             size = path.stat().st_size
-            expert = await self._store.put_file(path, MEDIA_TYPE, PUBLIC)
+            expert = await self._store.put_file(path, MEDIA_TYPE, place)
         signature = None
         if facts.require_selection().HasField("signature"):
             signature = parse_json(await self._store.get_bytes(facts.require_selection().signature))
         started = start_ref(facts.require_selection())
         parent = None if started is None else parse_json(await self._store.get_bytes(started))
         record = build_record(facts, digest, size, tensor_sizes(state)[0], signature, parent)
-        message = await self._describe(record, expert)
+        message = await self._describe(record, expert, place)
         subject = subjects.fact(facts.run, "merge", decision.cycle, "version")
         version = await self._bus.last_record(subject)
         assert version is not None, "the run's facts hold this version"
         attestation = encode_attestation(attest(subject, version.data, state))
-        message.attestation.CopyFrom(await self._store.put_bytes(attestation, "application/json", PUBLIC))
+        message.attestation.CopyFrom(await self._store.put_bytes(attestation, "application/json", place))
         return message
 
-    async def _describe(self, record: ExpertRecord, expert: artifacts_pb2.ArtifactRef) -> run_pb2.ExpertDeposited:
+    async def _describe(self, record: ExpertRecord, expert: ArtifactRef, place: ArtifactRef) -> run_pb2.ExpertDeposited:
         """Store card and record; the record names the card, so that whoever has one has both."""
-        card = await self._store.put_bytes(render(record).encode(), CARD_MEDIA_TYPE, PUBLIC)
+        card = await self._store.put_bytes(render(record).encode(), CARD_MEDIA_TYPE, place)
         record["card"] = {"digest": card.digest, "bytes": card.size}
-        ref = await self._store.put_bytes(encode(record), RECORD_MEDIA_TYPE, PUBLIC)
+        ref = await self._store.put_bytes(encode(record), RECORD_MEDIA_TYPE, place)
         return run_pb2.ExpertDeposited(
             run=record["run"],
             expert_id=record["expert_id"],

@@ -14,7 +14,9 @@ from connito.library.membership import check_member
 from connito.library.schema import ExpertRecord, read_record
 from connito.library.shelf import check_expert
 from connito.store import ArtifactStore
-from connito.v1 import artifacts_pb2, reasons_pb2, run_pb2, services_pb2
+from connito.v1 import reasons_pb2, run_pb2, services_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.private import at
 from connito.wire.subjects import LIBRARY
 
 from .state import Catalogue
@@ -39,8 +41,16 @@ class Joining:
     ) -> run_pb2.ExpertDeposited:
         """Publish a deposit. Raises `Invalid` for one that does not follow from experts that `viewer` may use."""
         refs = (command.expert, command.record, *command.files)
-        if any(ref.realm != artifacts_pb2.REALM_PUBLIC for ref in refs) or len(command.files) > MAX_FILES:
-            raise Invalid(f"a deposit has at most {MAX_FILES} files, and none that is held out or a miner's")
+        place = at(command.record.secret)
+        if (
+            any((ref.realm, ref.secret) != (place.realm, place.secret) for ref in refs)
+            or len(command.files) > MAX_FILES
+        ):
+            raise Invalid(
+                f"a deposit has at most {MAX_FILES} files, all in one place, and none that is held out or a miner's"
+            )
+        if place.secret and await self._store.owner(place.secret) != viewer.name:
+            raise _refused("it is encrypted under another's secret")
         record = await self._record(command.record)
         known = self._catalogue.facts.get(record["expert_id"])
         if known is not None and (known.message.owner, known.message.expert) == (viewer.name, command.expert):
@@ -51,13 +61,15 @@ class Joining:
         if owned >= MAX_OWNED:
             raise _refused(f"you have {owned} derived experts in the library, and {MAX_OWNED} is the most")
         parents = record["derived"]["parents"] if "derived" in record else []
+        if not place.secret and governance(record)["visibility"] != "public":
+            raise _refused("it is not public, and lies open in the store; deposit it with a client of this version")
         check_member(record, [self._parent(entry["expert_id"], viewer) for entry in parents], viewer.name)
         await self._check_files(record, command)
         message = await self._message(record, command, envelope)
         await self._bus.publish_fact(LIBRARY, "library", 0, "deposited", message, message.expert_id)
         return message
 
-    async def _record(self, ref: artifacts_pb2.ArtifactRef) -> ExpertRecord:
+    async def _record(self, ref: ArtifactRef) -> ExpertRecord:
         if ref.size > MAX_RECORD_BYTES:
             raise Invalid(f"a record of {ref.size} bytes is too large: {MAX_RECORD_BYTES} at most")
         return read_record(await self._store.get_bytes(ref), "what you deposit")
@@ -104,7 +116,7 @@ class Joining:
             domain=record["domain"],
             base_digest=record["base"]["manifest"],
             parents=record.get("parents", []),
-            attestation=await self._store.put_bytes(signed, "application/json", artifacts_pb2.REALM_PUBLIC),
+            attestation=await self._store.put_bytes(signed, "application/json", at(command.record.secret)),
             owner=rules["owner"],
             visibility=rules["visibility"],
             organisation=rules["organisation"],

@@ -20,9 +20,10 @@ from connito.runtime.compute import ComputeBudget
 from connito.runtime.logs import Logger
 from connito.runtime.waiting import here_and_now
 from connito.store import ArtifactStore
-from connito.v1 import artifacts_pb2, run_pb2
+from connito.v1 import reasons_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.fact import Record
+from connito.wire.private import placed
 from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
 from connito.workloads.fetching import BaseFiles, fetch_base, fetch_holdouts
@@ -30,7 +31,6 @@ from connito.workloads.selecting import Chosen, Library, Probes, check_corpora, 
 
 from . import handlers
 
-PUBLIC = artifacts_pb2.REALM_PUBLIC
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -83,6 +83,8 @@ class Selector:
         return True
 
     async def _select(self, spec: run_pb2.RunSpec) -> run_pb2.SelectionMade:
+        if spec.secret.digest and await self._store.owner(spec.secret.digest) != spec.customer:
+            raise Invalid("the run's secret is another customer's", reason=reasons_pb2.REASON_NOT_PERMITTED)
         base = await fetch_base(self._store, spec)
         probe = await self._store.fetch(spec.probe.artifact)
         probes = Probes(
@@ -98,7 +100,7 @@ class Selector:
                 began = time.monotonic()
                 chosen = await asyncio.to_thread(_compute, spec, base, probes, theta, library)
                 metrics.SELECTION_SECONDS.observe(time.monotonic() - began)
-            return await self._store_all(spec.run, chosen, theta)
+            return await self._store_all(spec, chosen, theta)
 
     async def _check_corpora(self, spec: run_pb2.RunSpec, base: BaseFiles, probes: Probes) -> None:
         read = [await self._store.fetch(spec.train.artifact), probes.target, *probes.beside.values()]
@@ -120,14 +122,15 @@ class Selector:
             shelf.append(Shelved(deposit, record, await self._store.fetch(deposit.expert), notice))
         return Library(shelf, last)
 
-    async def _store_all(self, run: str, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
-        statistics = await self._store.put_bytes(chosen.statistics, SAFETENSORS, PUBLIC)
-        report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", PUBLIC)
-        signature = await self._store.put_bytes(chosen.signature_bytes(), "application/json", PUBLIC)
-        state = await self._store.put_file(theta, SAFETENSORS, PUBLIC, cache=True)
-        made = handlers.made(run, chosen, report, state, signature)
+    async def _store_all(self, spec: run_pb2.RunSpec, chosen: Chosen, theta: Path) -> run_pb2.SelectionMade:
+        place = placed(spec)
+        statistics = await self._store.put_bytes(chosen.statistics, SAFETENSORS, place)
+        report = await self._store.put_bytes(chosen.report(statistics.digest), "application/json", place)
+        signature = await self._store.put_bytes(chosen.signature_bytes(), "application/json", place)
+        state = await self._store.put_file(theta, SAFETENSORS, place, cache=True)
+        made = handlers.made(spec.run, chosen, report, state, signature)
         if chosen.background:
-            made.background.CopyFrom(await self._store.put_bytes(chosen.background, SAFETENSORS, PUBLIC))
+            made.background.CopyFrom(await self._store.put_bytes(chosen.background, SAFETENSORS, place))
         return made
 
 

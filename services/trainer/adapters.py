@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import http.client
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from connito.store.cache import Cache
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.invites import parse
+from connito.wire.private import unboxed
 from connito.wire.tls import Tls
 from google.protobuf.message import Message
 
@@ -68,12 +69,17 @@ class Services:
         """Send a file into a slot; False when the object is there already. Raises `Unusable` where another slot is needed."""
         return await put_presigned(slot.url, slot.headers, path)
 
-    async def download_urls(self, run: str, digests: Sequence[str]) -> Mapping[str, str]:
-        """Return digest to URL, for public artifacts of a run."""
+    async def downloads(self, run: str, digests: Sequence[str]) -> services_pb2.RequestDownloadsResponse:
+        """Return addresses, and boxes with keys, for artifacts that a run entitles to."""
         command = services_pb2.DownloadsCommand(run=run, digests=digests)
         request = services_pb2.RequestDownloadsRequest(envelope=self._seal("RequestDownloads", command))
         answer = await self._call("committer", services_pb2_grpc.SubmissionServiceStub, "RequestDownloads", request)
-        return dict(answer.urls)
+        assert isinstance(answer, services_pb2.RequestDownloadsResponse)
+        return answer
+
+    def unboxed(self, box: bytes) -> bytes:
+        """Return the key in a box of the committer's."""
+        return unboxed(box, self._bus.identity)
 
     def _seal(self, method: str, command: Message) -> Any:
         return self._bus.seal(f"rpc.{method}", command)
@@ -114,23 +120,28 @@ class Downloads:
         path = await loop.run_in_executor(self._pool, self.cached, ref)
         if path is not None:
             return path
-        (url,) = await self.urls(run, [ref])
+        answer = await self._asked(run, [ref])
+        url, key = answer.urls[ref.digest], self._services.unboxed(answer.keys[ref.digest])
 
         def download(target: Path) -> None:
-            asyncio.run_coroutine_threadsafe(get_presigned(url, ref, target), loop).result()
+            asyncio.run_coroutine_threadsafe(get_presigned(url, ref, target, key=key), loop).result()
 
         return await loop.run_in_executor(self._pool, self.cache.get, ref, download)
 
     async def urls(self, run: str, refs: Sequence[ArtifactRef]) -> list[str]:
         """Return presigned URLs that read `refs`. Raises `NotFound` when the committer serves no such artifact."""
-        urls = await self._services.download_urls(run, [ref.digest for ref in refs])
+        answer = await self._asked(run, refs)
+        return [answer.urls[ref.digest] for ref in refs]
+
+    async def _asked(self, run: str, refs: Sequence[ArtifactRef]) -> services_pb2.RequestDownloadsResponse:
+        answer = await self._services.downloads(run, [ref.digest for ref in refs])
         for ref in refs:
-            if ref.digest not in urls:
+            if ref.digest not in answer.urls:
                 raise NotFound(
                     f"the committer serves no artifact {ref.digest[:12]}… in run {run}; the run's data is incomplete",
                     reason=reasons_pb2.REASON_ARTIFACT_MISSING,
                 )
-        return [urls[ref.digest] for ref in refs]
+        return answer
 
 
 class _AbsentError(Exception):

@@ -16,10 +16,6 @@ class ValidatorSettings(ModelSettings):
     hidden_cache_bytes: int = Field(
         1 << 30, ge=1 << 20, description="memory for the hidden states that all submissions of a cycle share"
     )
-    lent: Path | None = Field(
-        None,
-        description="file of `connito access lend`: opens sealed hold-outs of runs that began before this key was admitted",
-    )
     losses_dir: Path | None = Field(
         None,
         description="folder of this user's own in which validators of one owner share what they measured; empty: none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import hashlib
 import inspect
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from connito.data.corpus import Corpus
+from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
@@ -218,6 +220,37 @@ async def test_what_miners_upload_for_a_job_is_noise_without_the_key_of_its_reve
             unlocked(stored, wrong, tmp_path)
 
 
+async def test_whoever_leaks_the_store_reads_nothing_of_a_private_expert(
+    platform: Platform, run: str, tmp_path: Path
+) -> None:
+    """Every object of the bucket, raw, is searched for what the expert consists of, and for what is said of it."""
+    facts, session = await _facts(platform, run)
+    (deposit,), store = [fact.message for fact in facts.deposits.values()], session.store()
+    spec, made = facts.require_spec(), [*facts.versions.values()][-1]
+    whole = [deposit.expert, made.state, made.outer_state, made.step, spec.train.artifact, spec.probe.artifact]
+    text = [deposit.record, deposit.attestation, facts.require_selection().report]
+    manifest = Manifest.from_bytes(await store.get_bytes(spec.base.manifest))
+    base = b"".join([await store.get_bytes(entry.ref) for entry in manifest.files.values()])
+    said = {run, spec.data_statement, deposit.expert_id, deposit.expert.digest, made.state.digest}
+    needles = {word.encode() for word in said}
+    for ref in whole:
+        data = await store.get_bytes(ref)
+        assert hashlib.sha256(data).hexdigest() == ref.digest
+        # Of numbers, from where a file has some: a pair of pages of it, not what every header begins with.
+        needles |= {data[at : at + 48] for at in range(len(data) // 2, len(data) - 48, 1 + len(data) // 64)}
+    needles = {needle for needle in needles if len(set(needle)) > 8 and needle not in base}
+    found, names = [], await store.objects()
+    for one in names:
+        raw = await asyncio.to_thread(store._read, one.key, 0, 0, 1 << 30)
+        found += [(one.key, needle[:20]) for needle in needles if needle in raw]
+        if one.key.startswith("private/"):
+            assert raw.startswith(b"connito.v1.private\n")
+    assert not found
+    assert len(needles) > 100
+    private = {one.digest for one in names if one.key.startswith(f"private/{spec.secret.digest}/")}
+    assert private >= {ref.digest for ref in (*whole, *text) if ref.digest}
+
+
 async def test_a_validator_that_is_admitted_late_reads_the_hold_outs_that_are_lent_to_it(
     platform: Platform, run: str, tmp_path: Path
 ) -> None:
@@ -238,7 +271,7 @@ async def test_a_validator_that_is_admitted_late_reads_the_hold_outs_that_are_le
     assert file.stat().st_mode & 0o777 == 0o600
     lent = parse_boxes(file.read_bytes(), str(file))
     refs = [ref for ref in holdout_refs(spec).values() if ref.media_type == MEDIA_TYPE]
-    assert set(lent) == {ref.digest for ref in refs} != set()
+    assert set(lent) == {spec.secret.digest, *(ref.digest for ref in refs)}
     for ref in refs:
         sealed = tmp_path / ref.digest
         shutil.copyfile(await session.store().fetch(ref), sealed)

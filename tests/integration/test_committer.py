@@ -498,7 +498,7 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
     stage: Stage, start: Start, roster: Roster, identities: dict[str, Identity], own_nats: NatsServer, tmp_path: Path
 ) -> None:
     await start("a").ready()
-    text, raw = tmp_path / "text", b"held-out text of a clinic"
+    operators, text, raw = roster, tmp_path / "text", b"held-out text of a clinic"
     text.write_bytes(raw)
 
     def store_of(name: str) -> CustomerStore:
@@ -507,6 +507,7 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
 
         class Platform:
             identity, tls, cache_dir = key, PLAIN, folder
+            roster = operators
 
             def direct(self) -> None:
                 """Its services run."""

@@ -576,6 +576,25 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
     assert slowest < 0.5
 
 
+async def test_a_question_names_no_more_subjects_than_an_honest_one(boundary: Boundary) -> None:
+    """One of 4 kB, 650 times all subjects, took a second of the broker's processor where 6,000 were stored."""
+    js, stream = boundary.operator.js, "$JS.API.DIRECT.GET.INGRESS"
+    for number in range(0, 2000, 100):
+        said = (f"connito.v1.{RUN}.ingress.{at}.commitment" for at in range(number, number + 100))
+        await asyncio.gather(*(js.publish(subject, b"x") for subject in said))
+    attacker = await boundary.hostile()
+    reading = attacker.clients["miners-read"]
+    await reading.publish(stream, json.dumps({"multi_last": [">"] * 650}).encode(), reply="nowhere")
+    await attacker.settle()
+    assert not reading.is_connected
+    # What a program asks at most: the longest names that there can be.
+    longest = f"connito.v1.{'r' * 80}.ingress.{'U' * 56}.commitment.part.{'9' * 20}.{'9' * 20}"
+    for question in ({"last_by_subj": longest}, {"seq": 1, "batch": 256, "max_bytes": 1 << 18, "next_by_subj": longest}):
+        honest = (await boundary.hostile()).clients["miners-read"]
+        answer = await honest.request(stream, json.dumps(question).encode(), timeout=5)
+        assert (answer.headers or {})["Status"] == "404"
+
+
 @contextmanager
 def deaf(boundary: Boundary, identity: Identity, questions: int) -> Iterator[socket.socket]:
     """A connection that asks for all of a stream, many times over, and reads none of it."""

@@ -192,8 +192,8 @@ class MinersDownloads:
         self._services, self._world, self.cache = services, world, Cache(folder)
 
     async def fetch(self, run: str, ref: ArtifactRef) -> Path:
-        urls = await self._services.download_urls(run, [ref.digest])
-        data = self._world.store.objects[urlsplit(urls[ref.digest]).path.split("/", 2)[2]]
+        answer = await self._services.downloads(run, [ref.digest])
+        data = self._world.store.objects[urlsplit(answer.urls[ref.digest]).path.split("/", 2)[2]]
 
         def download(path: Path) -> None:
             path.write_bytes(data)

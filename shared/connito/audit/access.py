@@ -21,8 +21,8 @@ from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION, Session, log_to
 from connito.runtime.progress import Notify
 from connito.store import ArtifactStore
-from connito.store.artifacts import key_of
 from connito.store.cache import Cache
+from connito.store.named import key_of
 from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
@@ -85,7 +85,9 @@ class Access:
             raise NotFound("is not in the store", reason=reasons_pb2.REASON_ARTIFACT_MISSING)
         if ref.size not in (0, size):
             raise VerificationFailed(f"has {size} bytes in the store; the log says {ref.size}")
-        whole = ArtifactRef(digest=ref.digest, size=size, media_type=ref.media_type, realm=ref.realm)
+        whole = ArtifactRef()
+        whole.CopyFrom(ref)
+        whole.size = size
         try:
             return await self.store.fetch(whole)
         except VerificationFailed as error:

@@ -21,7 +21,7 @@ from connito.data.documents import parse_json
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.files import replacing
 from connito.runtime.progress import Notify, silent
-from connito.store.artifacts import key_of
+from connito.store.named import key_of
 from connito.store.presigned import save_verified
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.fact import Record

@@ -16,8 +16,9 @@ from connito.library.start import deposits, wants_start
 from connito.protocol.findings import COPIES_BY_FUNCTION, OF_THE_FILE, check_version
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
+from connito.store.named import beside
 from connito.v1 import cycle_pb2, run_pb2
-from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.identity import Identity
 from connito.wire.sealing import MEDIA_TYPE as SEALED
 from connito.wire.sealing import NoKey, unsealed
@@ -229,8 +230,6 @@ def _named_by(entry: Named, document: dict[str, object], path: Path) -> Iterator
     """Yield digests that the log names without a size; the store tells the size, and the bytes are hashed all the same."""
     statistics, card = document.get("statistics"), document.get("card")
     if isinstance(statistics, str):
-        yield Named("routing statistics", ArtifactRef(digest=statistics, realm=REALM_PUBLIC))
+        yield Named("routing statistics", beside(entry.ref, statistics))
     if isinstance(card, dict):
-        yield Named(
-            "card of the library expert", ArtifactRef(digest=card["digest"], size=card["bytes"], realm=REALM_PUBLIC)
-        )
+        yield Named("card of the library expert", beside(entry.ref, card["digest"], card["bytes"]))

@@ -26,11 +26,12 @@ from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Notify, silent
-from connito.v1 import artifacts_pb2, cycle_pb2, run_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.views.sentences import as_recorded
 from connito.wire import subjects
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.private import placed
 
 # Fields of a version that are not recomputed: losses have a comparison of their own.
 _MEASURED = ("gate_losses", "losses")
@@ -303,7 +304,7 @@ def _deposit_fault(again: Deposited, recorded: bytes, message: run_pb2.ExpertDep
         return f"the record says another {odd[0]} than the log"
     if message.HasField("attestation"):
         with_card = encode(here | {"card": there.get("card")})
-        again.message.record.CopyFrom(ref_of_bytes(with_card, RECORD_MEDIA_TYPE, artifacts_pb2.REALM_PUBLIC))
+        again.message.record.CopyFrom(ref_of_bytes(with_card, RECORD_MEDIA_TYPE, message.record))
     else:
         again.message.record.CopyFrom(message.record)
         again.message.ClearField("attestation")
@@ -338,7 +339,7 @@ def deposit_again(work: Recomputation) -> Deposited | None:
     decision = plan(facts)
     if not isinstance(decision, Deposit) or facts.selection is None:
         return None
-    public = artifacts_pb2.REALM_PUBLIC
+    place = placed(facts.require_spec())
     state = work.artifacts.path(decision.state)
     report: Mapping[str, Mapping[str, str]] = json.loads(work.artifacts.path(facts.selection.report).read_bytes())
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
@@ -353,17 +354,17 @@ def deposit_again(work: Recomputation) -> Deposited | None:
     record = build_record(facts, digest, len(data), tensor_sizes(state)[0], signature, parent)
     attestation = _attest(work, decision.cycle, state)
     card = render(record).encode()
-    card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, public)
+    card_ref = ref_of_bytes(card, CARD_MEDIA_TYPE, place)
     record["card"] = {"digest": card_ref.digest, "bytes": card_ref.size}
     message = run_pb2.ExpertDeposited(
         run=record["run"],
         expert_id=record["expert_id"],
-        expert=ref_of_bytes(data, MEDIA_TYPE, public),
-        record=ref_of_bytes(encode(record), RECORD_MEDIA_TYPE, public),
+        expert=ref_of_bytes(data, MEDIA_TYPE, place),
+        record=ref_of_bytes(encode(record), RECORD_MEDIA_TYPE, place),
         domain=record["domain"],
         base_digest=record["base"]["manifest"],
         parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
-        attestation=ref_of_bytes(attestation, "application/json", public),
+        attestation=ref_of_bytes(attestation, "application/json", place),
     )
     return Deposited(message, (data, encode(record), card, attestation))
 

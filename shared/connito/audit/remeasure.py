@@ -32,11 +32,12 @@ from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score
 from connito.protocol.scoring.racing import InterimLook, looks
 from connito.protocol.sequences import replays
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.locked import unlocked
+from connito.wire.private import placed
 from connito.workloads import gating, scoring
 from connito.workloads.claims import Recount, Text
 from connito.workloads.fetching import holdout_refs
@@ -142,7 +143,7 @@ def _select(
     from connito.store import ref_of_bytes, ref_of_file
     from connito.workloads.selecting import Probes, choose
 
-    public = artifacts_pb2.REALM_PUBLIC
+    place = placed(spec)
     manifest = Manifest.load(artifacts.path(spec.base.manifest))
     replay = artifacts.path(spec.replay.artifact) if spec.HasField("replay") else None
     probes = Probes(
@@ -153,17 +154,17 @@ def _select(
     with tempfile.TemporaryDirectory(prefix="connito-audit-") as folder:
         theta = Path(folder) / "theta.safetensors"
         chosen = choose(spec, manifest, _base(spec, artifacts), probes, theta, library)
-        statistics = ref_of_bytes(chosen.statistics, SAFETENSORS, public)
+        statistics = ref_of_bytes(chosen.statistics, SAFETENSORS, place)
         report = chosen.report(statistics.digest)
-        ref = ref_of_bytes(report, "application/json", public)
+        ref = ref_of_bytes(report, "application/json", place)
         if ref != made.report and _agrees(artifacts.path(made.report), report, spec.selection.report_version):
             ref = made.report
         return run_pb2.SelectionMade(
             run=spec.run,
             layers=[*map(_as_said, chosen.layers(), made.layers)],
             report=ref,
-            signature=ref_of_bytes(chosen.signature_bytes(), "application/json", public),
-            initial_state=ref_of_file(theta, SAFETENSORS, public),
+            signature=ref_of_bytes(chosen.signature_bytes(), "application/json", place),
+            initial_state=ref_of_file(theta, SAFETENSORS, place),
             selected_experts=chosen.selection.selected,
             total_experts=chosen.selection.total,
             target_parameters=chosen.target_parameters,

@@ -25,8 +25,8 @@ from connito.platform.datadir import DataDir, default_data_dir
 from connito.platform.session import Session
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
-from connito.store.artifacts import key_of
 from connito.store.cache import digest_of_file
+from connito.store.named import key_of
 from connito.v1 import run_pb2
 
 T = TypeVar("T")

@@ -43,6 +43,8 @@ _LEADS = {"coordinator", "aggregator", "committer"}
 _DURABLES = {"committer": ("committer",), "selector": ("selector",), "library": ("library",)}
 
 _HEADERS = 1 << 12
+# A question names one subject. The broker would search for as many as fit, each in all of the stream's.
+QUESTION = 512
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def guarding(key: str) -> Permissions:
 def _readers(name: str, role: str, streams: Sequence[str], connections: int) -> Account:
     asks = (*_reading(streams), *_endpoints())
     heard = tuple(live(stream, ">") for stream in streams)
-    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, connections=connections)
+    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, QUESTION, connections=connections)
 
 
 def _speakers(name: str, role: str, said: Sequence[str], payload: int, connections: int) -> Account:

@@ -176,15 +176,18 @@ def rotate(
 @app.command("lend")
 def lend(
     run: Annotated[str, typer.Argument(help="The run whose hold-outs are sealed.")],
-    key: Annotated[str, typer.Argument(help="The public key of a validator that was admitted after the run began.")],
-    out: Annotated[Path, typer.Argument(help="The file to write. The validator reads it by CONNITO_LENT.")],
+    key: Annotated[
+        str, typer.Argument(help="The public key of a validator, or service, that was admitted after the run began.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The file to write. The holder of the key reads it by CONNITO_LENT.")],
     role: Annotated[
         str, typer.Option(help="Whose key opens them here: the customer's or the operator's.")
     ] = "operator",
     data_dir: DataDirOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Let a validator read the sealed hold-outs of a run that goes on: it judges from the next cycle."""
+    """Let a validator read the sealed hold-outs of a run that goes on: it judges from the next cycle. A service whose key was
+    replaced reads by it what a run that is not public made."""
     import json
 
     from connito.client.lending import boxes
@@ -194,7 +197,9 @@ def lend(
     found = boxes(Session.open(data_dir, role=role), run, key)
     write_durably(out, json.dumps(found, sort_keys=True).encode(), 0o600)
     document = {"run": run, "validator": key, "hold_outs": sorted(found), "file": str(out)}
-    emit(as_json, document, lambda: f"{out} opens {len(found)} hold-outs for that key alone: give it to the validator")
+    emit(
+        as_json, document, lambda: f"{out} opens {len(found)} sealed files for that key alone: give it to who holds it"
+    )
 
 
 @app.command("list")

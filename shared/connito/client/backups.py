@@ -27,8 +27,9 @@ from connito.platform.session import Session
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
-from connito.store.artifacts import REALMS, StoredObject
 from connito.store.cache import digest_of_file
+from connito.store.named import KEYS, PRIVATE, StoredObject, ref_of_key
+from connito.wire.private import whole
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ CONTENTS = "backup.json"
 AT_ONCE = 8
 _SNAPSHOT = re.compile(r"streams-[0-9T.]+/[A-Z]+\.snapshot")
 _FILE = re.compile(r"files/(begun\.json|threads|shelf/journal\.jsonl|shelf/experts/[^./][^/]*(/[^/]+)+)")
-_OBJECT = re.compile(rf"objects/({'|'.join(REALMS.values())})/sha256/[0-9a-f]{{64}}")
+_OBJECT = re.compile(rf"objects/{KEYS}")
 # Of the folder of `connito up`: the run that it goes on with, threads of a computation, the shelf. Its journal comes before the
 # experts, which are there before the journal names them.
 FILES = ("begun.json", "threads", "shelf/journal.jsonl", "shelf/experts/[!.]*/**/*")
@@ -196,9 +197,15 @@ def _load_files(found: Backup, folder: Path, root: Path) -> None:
 
 
 async def _store(store: ArtifactStore, folder: Path, key: str, media_type: str) -> None:
-    _check(folder / key, key.rpartition("/")[2])
-    realm = next(realm for realm, name in REALMS.items() if key.startswith(f"{name}/"))
-    await store.put_file(folder / key, media_type, realm)
+    ref = ref_of_key(key, 0)
+    if ref.realm != PRIVATE:
+        _check(folder / key, ref.digest)
+        await store.put_file(folder / key, media_type, ref.realm)
+        return
+    with (folder / key).open("rb") as file:
+        if not whole(file.read):
+            raise _broken(folder / key)
+    await store.put_copy(folder / key, key, media_type)
 
 
 def _contents(folder: Path) -> Backup:
@@ -238,7 +245,11 @@ def _check(file: Path, sha256: str) -> None:
     if not file.is_file():
         raise VerificationFailed(f"the backup lacks {file}; bring back another copy of it")
     if digest_of_file(file)[0] != sha256:
-        raise VerificationFailed(f"{file} is damaged: its SHA-256 is not {sha256}; bring back another copy of it")
+        raise _broken(file, f": its SHA-256 is not {sha256}")
+
+
+def _broken(file: Path, why: str = "") -> VerificationFailed:
+    return VerificationFailed(f"{file} is damaged{why}; bring back another copy of it")
 
 
 def _some(everything: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:

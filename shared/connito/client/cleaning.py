@@ -19,7 +19,7 @@ from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
-from connito.store.artifacts import StoredObject
+from connito.store.named import StoredObject, ref_of_key
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.fact import Fact, Record
@@ -84,7 +84,7 @@ async def collect(
     for one in stale:
         if one.size <= READ_BYTES and await store.media_type(one.key) == MANIFEST_TYPE:
             # A base may wait for its first run.
-            named |= {one.digest, *await _inside(store, _ref_of(one))}
+            named |= {one.digest, *await _inside(store, ref_of_key(one.key, one.size))}
     stale = [one for one in stale if one.digest not in named]
     if remove:
         for number, one in enumerate(stale, 1):
@@ -133,7 +133,8 @@ async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[st
         else:
             refs.update((ref.digest, ref) for ref in references(fact.message))
     inside = [digest for ref in refs.values() for digest in await _inside(store, ref)]
-    return {*refs, *inside}, expired - {*refs, *inside}
+    kept = {*refs, *inside, *(ref.secret for ref in refs.values())}
+    return kept, expired - kept
 
 
 def _cycle_of(fact: Fact) -> int:
@@ -173,10 +174,3 @@ async def _inside(store: ArtifactStore, ref: ArtifactRef) -> list[str]:
     except (NotFound, VerificationFailed, Invalid):
         return []
     return [digest.decode() for digest in _DIGEST.findall(data)]
-
-
-def _ref_of(one: StoredObject) -> ArtifactRef:
-    from connito.store.artifacts import REALMS
-
-    realm = next(realm for realm, name in REALMS.items() if one.key.startswith(f"{name}/"))
-    return ArtifactRef(digest=one.digest, size=one.size, realm=realm)

@@ -52,13 +52,14 @@ class Jobs:
     ) -> Submitted:
         """Create a run; `.run` is its id. `job`: a job.yaml or what its check found, whose corpora are uploaded; or a
         RunSpec, also as a YAML file. Raises `Invalid` naming the field that cannot be."""
-        from connito.jobs.submit import Submitted, prepare, submit
+        from connito.jobs.submit import Submitted, prepare, submit, with_secret
 
         tell = progress or below_the_cell()
         if isinstance(job, (Path, str)):
             job = prepare(Path(job), self._data_dir, tell, profile=profile)
         if isinstance(job, RunSpec):
-            return Submitted(self._create(job), job)
+            spec = with_secret(job, self._data_dir)
+            return Submitted(self._create(spec), spec)
         return submit(job, self._create, tell)
 
     def list(self) -> Sequence[RunStatus]:

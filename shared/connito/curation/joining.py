@@ -10,6 +10,7 @@ from connito.curation.holdings import Holdings, now_ms, read_folder
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import NotFound
 from connito.library.artifact import EXPERT_FILE, MEDIA_TYPE
+from connito.library.governance import governance
 from connito.library.membership import claimed
 from connito.library.record import RECORD_MEDIA_TYPE, encode
 from connito.library.schema import ExpertRecord
@@ -18,6 +19,7 @@ from connito.runtime.progress import tell
 from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.private import at
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ async def _upload(
     store: CustomerStore, folder: Path, record: ExpertRecord
 ) -> tuple[ArtifactRef, list[ArtifactRef], ArtifactRef]:
     """Upload what a deposit names; returns the weights, a model's files, and the record."""
-    described = await store.put_bytes(encode(record), RECORD_MEDIA_TYPE)
+    shown = governance(record)["visibility"]
+    place = at("" if shown == "public" else (await store.secret(str(record["expert_id"]))).digest)
+    described = await store.put_bytes(encode(record), RECORD_MEDIA_TYPE, place)
     if (folder / EXPERT_FILE).is_file():
-        return await store.put_file(folder / EXPERT_FILE, MEDIA_TYPE), [], described
+        return await store.put_file(folder / EXPERT_FILE, MEDIA_TYPE, place), [], described
     kinds = {
         name: SAFETENSORS if name.endswith(".safetensors") else "application/octet-stream" for name in record["files"]
     }
-    files = [await store.put_file(folder / name, kind) for name, kind in kinds.items()]
+    files = [await store.put_file(folder / name, kind, place) for name, kind in kinds.items()]
     weights = next(ref for ref in files if ref.digest == record["expert"]["digest"])
     return weights, files, described

@@ -16,6 +16,7 @@ from connito.errors import Invalid, NotFound
 from connito.jobs.check import Checked, check_file
 from connito.jobs.findings import Finding, require
 from connito.jobs.spec import is_job, read_run_spec, read_yaml
+from connito.platform.session import Session
 from connito.protocol.entitlement import base_proof
 from connito.runtime.progress import Progress, silent
 from connito.runtime.tasks import blocking
@@ -23,6 +24,7 @@ from connito.service.customer_store import CustomerStore
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 from connito.wire import sealing
+from connito.wire.private import placed
 
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
@@ -74,6 +76,15 @@ def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Pro
     return Submitted(run, spec, total, [finding for finding in checked.findings if finding.level == "warning"])
 
 
+def with_secret(spec: RunSpec, data_dir: Path | None) -> RunSpec:
+    """Return a spec that lets what the run makes lie encrypted in the store, where it is not public."""
+    if spec.visibility in ("", "public") or spec.secret.digest:
+        return spec
+    closed = RunSpec(secret=blocking(CustomerStore(Session.open(data_dir, role="customer")).secret(spec.run)))
+    closed.MergeFrom(spec)
+    return closed
+
+
 async def _upload(checked: Checked, store: CustomerStore, progress: Progress) -> RunSpec:
     corpora, context, job = checked.corpora, checked.context, checked.job
     assert corpora is not None, "a job without errors has corpora"
@@ -86,6 +97,9 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
     spec.base.CopyFrom(await _base(checked, store, progress))
     spec.base.proof = base_proof(me.public, context.manifest.to_bytes())
 
+    if job.privacy.visibility != "public":
+        spec.secret.CopyFrom(await store.secret(spec.run))
+
     async def put(domain: str, corpus: Corpus, realm: artifacts_pb2.Realm.ValueType) -> CorpusRef:
         progress(f"uploading {domain}", 0.5)
         # The log says the digest to everybody: nobody who guesses the text can make sure of it.
@@ -94,7 +108,7 @@ async def _upload(checked: Checked, store: CustomerStore, progress: Progress) ->
         with tempfile.TemporaryDirectory() as folder:
             corpus.save(file := Path(folder) / "corpus.safetensors")
             if realm == PUBLIC:
-                artifact = await store.put_file(file, SAFETENSORS, realm)
+                artifact = await store.put_file(file, SAFETENSORS, placed(spec))
                 return CorpusRef(domain=domain, artifact=artifact, tokens=len(corpus.tokens))
             return CorpusRef(domain=domain, artifact=await seal(file))
 

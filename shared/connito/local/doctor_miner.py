@@ -17,7 +17,7 @@ from connito.local.doctor_platform import PROBE_BYTES, SLOW_BYTES_PER_SECOND, Ch
 from connito.platform.log import read_runs
 from connito.protocol.findings import DOCUMENTS_APART
 from connito.render import formats
-from connito.store.artifacts import ref_of_bytes
+from connito.store.named import ref_of_bytes
 from connito.v1 import cycle_pb2, services_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts, experts_of

@@ -119,7 +119,7 @@ async def _expiries(session: Session) -> list[Check]:
 
 async def _store(session: Session) -> list[Check]:
     """Check the store's rights and bandwidth with an object that is written and read back."""
-    from connito.store.artifacts import ref_of_bytes
+    from connito.store.named import ref_of_bytes
     from connito.v1.artifacts_pb2 import REALM_PUBLIC
 
     remedy = "check the store's address, keys and the bucket's policy"

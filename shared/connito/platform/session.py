@@ -100,7 +100,7 @@ class Session:
         if platform is None or data is None:
             from connito.runtime.settings import ServiceSettings
 
-            return ArtifactStore.from_settings(ServiceSettings.load())
+            return ArtifactStore.from_settings(ServiceSettings.load(), self.identity)
         return local_store(platform, data)
 
 
@@ -120,9 +120,12 @@ def _platform(data: DataDir, *, wake: bool) -> tuple[Platform, bool]:
 def local_store(platform: Platform, data: DataDir) -> ArtifactStore:
     """Return the store that `connito up` runs."""
     from connito.store import ArtifactStore
+    from connito.store.keyring import Keyring
 
+    # Whose folder it is has the operator's credentials for the store, and its key.
+    keys = Keyring(Identity.load(data.keys / "operator.nk"))
     return ArtifactStore(
-        platform.s3_endpoint, platform.s3_access_key, platform.s3_secret_key, BUCKET, REGION, data.cache
+        platform.s3_endpoint, platform.s3_access_key, platform.s3_secret_key, BUCKET, REGION, data.cache, keys=keys
     )
 
 

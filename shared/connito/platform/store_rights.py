@@ -14,16 +14,16 @@ from typing import Any
 from connito.platform.session import BUCKET
 
 _ADMIN = ("Admin", "Read", "Write", "List", "Tagging")
-_ALL = ("public", "holdout", "submissions")
+_PUBLIC, _ALL = ("public", "private"), ("public", "private", "holdout", "submissions")
 # By role, the realms that it reads and those that it writes.
 RIGHTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "coordinator": ((), ()),
-    "selector": (("public", "holdout"), ("public",)),
+    "selector": ((*_PUBLIC, "holdout"), _PUBLIC),
     # It writes nothing of its own; what it signs for others is allowed as far as it may do so itself.
     "committer": (_ALL, _ALL),
     "validator": (_ALL, ()),
-    "aggregator": (_ALL, ("public",)),
-    "library": (("public",), ("public",)),
+    "aggregator": (_ALL, _PUBLIC),
+    "library": (_PUBLIC, _PUBLIC),
     "console": (("public",), ()),
 }
 

@@ -103,6 +103,8 @@ class Naming:
         """Raise `Invalid` for a spec with a corpus, or a name of a base, that it may not use. Of its base the committer
         asks for proof.
         """
+        if spec.secret.digest and not self.allows(spec.secret, spec, runs):
+            raise Invalid("the run's secret is another customer's", reason=reasons_pb2.REASON_NOT_PERMITTED)
         for corpus in corpora(spec):
             if not self.allows(corpus.artifact, spec, runs):
                 raise Invalid(
@@ -127,6 +129,8 @@ def named(message: Message) -> Iterator[ArtifactRef]:
     """Yield the artifacts that a fact brings into the log; nothing for a fact that only repeats them."""
     if isinstance(message, run_pb2.RunCreated):
         yield message.spec.base.manifest
+        if message.spec.secret.digest:
+            yield message.spec.secret
         yield from (corpus.artifact for corpus in corpora(message.spec))
     elif isinstance(message, run_pb2.SelectionMade):
         yield from (message.initial_state, message.background, message.report, message.signature)

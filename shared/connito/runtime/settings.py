@@ -53,6 +53,10 @@ class ServiceSettings(BaseSettings):
         None,
         description="where it keeps what it has read of the log, and so starts in seconds; empty: it reads all of it again",
     )
+    lent: Path | None = Field(
+        None,
+        description="file of `connito access lend`: opens what was sealed before this key was admitted",
+    )
     http_host: str = Field("127.0.0.1", description="address that /metrics, /waiting, /healthz and /readyz listen on")
     http_port: int = Field(0, ge=0, le=65535, description="their port; 0 takes a free one")
     grpc_host: str = Field("127.0.0.1", description="address that the API listens on, where there is one")

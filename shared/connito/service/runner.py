@@ -74,7 +74,7 @@ class ServiceContext(Generic[S]):
     @cached_property
     def store(self) -> ArtifactStore:
         """Return the artifact store. Raises `Fatal` when the service was given no credentials for it."""
-        return ArtifactStore.from_settings(self.settings)
+        return ArtifactStore.from_settings(self.settings, self.identity)
 
     def kept(self, streams: Sequence[str], folder: Path | None = None) -> Kept:
         """Return what this service kept of these streams in its folder for that; nothing yet where it has none.

@@ -7,78 +7,37 @@ import hashlib
 import io
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-import urllib3
 from minio import Minio
 from minio.credentials import Provider, StaticProvider
-from minio.error import InvalidResponseError, S3Error, ServerError
+from minio.error import S3Error
 
-from connito.errors import ConnitoError, Fatal, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
+from connito.errors import Fatal, Invalid, ObjectDamaged, ObjectMissing
 from connito.runtime import metrics
 from connito.runtime.settings import ServiceSettings
 from connito.runtime.waiting import WAITING
-from connito.store.cache import Cache, digest_of_file
+from connito.store.cache import Cache
 from connito.store.client import Client, StoreClock
 from connito.store.credentials import provider
-from connito.store.presigned import Progress, disk_or_network, presign, save_verified, write_once_headers
+from connito.store.explained import MISSING, explained
+from connito.store.keyring import Keyring
+from connito.store.named import PREFIXES, PRIVATE, StoredObject, key_of, ref_of_bytes, ref_of_file, ref_of_key
+from connito.store.presigned import Progress, presign, save_verified, save_whole, write_once_headers
 from connito.v1 import artifacts_pb2
-from connito.v1 import reasons_pb2 as reasons
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire import private
+from connito.wire.identity import Identity
 
 T = TypeVar("T")
-
-REALMS = {
-    artifacts_pb2.REALM_PUBLIC: "public",
-    artifacts_pb2.REALM_HOLDOUT: "holdout",
-    artifacts_pb2.REALM_SUBMISSION: "submissions",
-}
-_DENIED = {
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "RequestTimeTooSkewed",
-    "AuthorizationHeaderMalformed",
-}
-_MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
-
+Place: TypeAlias = artifacts_pb2.Realm.ValueType | ArtifactRef
+# A sealed file of 32 bytes has a box of a hundred bytes for each reader.
+MAX_SEALED = 1 << 20
 
 # What is stored again is written again from this age on.
 FRESH_SECONDS = 12 * 3600.0
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """An artifact in the store; `age_s` seconds since it was written, by the store's clock."""
-
-    key: str
-    digest: str
-    size: int
-    age_s: float
-    media_type: str
-
-
-def key_of(ref: ArtifactRef) -> str:
-    """Return `<realm>/sha256/<hex>`. Raises `Invalid` for a reference without a realm or with a digest that is none."""
-    if ref.realm not in REALMS:
-        raise Invalid(f"the reference to {ref.digest[:12]}… names no realm")
-    if len(ref.digest) != 64 or not set(ref.digest) <= set("0123456789abcdef"):
-        raise Invalid(f"{ref.digest[:80]!r} is not a SHA-256 in lower-case hex")
-    return f"{REALMS[ref.realm]}/sha256/{ref.digest}"
-
-
-def ref_of_bytes(data: bytes, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
-    """Return the reference that these bytes have wherever they lie."""
-    return ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size=len(data), media_type=media_type, realm=realm)
-
-
-def ref_of_file(path: Path, media_type: str, realm: artifacts_pb2.Realm.ValueType) -> ArtifactRef:
-    """Return the reference that a file's bytes have wherever they lie."""
-    digest, size = digest_of_file(path)
-    return ArtifactRef(digest=digest, size=size, media_type=media_type, realm=realm)
 
 
 class ArtifactStore:
@@ -97,6 +56,7 @@ class ArtifactStore:
         clock: StoreClock | None = None,
         cache_max_bytes: int = 0,
         credentials: Provider | None = None,
+        keys: Keyring | None = None,
     ) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -104,7 +64,7 @@ class ArtifactStore:
         self.endpoint, self.bucket, self.region = endpoint, bucket, region
         self._public_endpoint = public_endpoint or endpoint
         self._credentials = credentials or StaticProvider(access_key, secret_key)
-        self.cache = Cache(cache_dir, cache_max_bytes)
+        self.cache, self._keys = Cache(cache_dir, cache_max_bytes), keys or Keyring()
         self._clock = clock or StoreClock()
         self._client = client or Client(
             parts.netloc, self._clock, credentials=self._credentials,
@@ -112,8 +72,8 @@ class ArtifactStore:
         )  # fmt: skip
 
     @classmethod
-    def from_settings(cls, settings: ServiceSettings) -> ArtifactStore:
-        """Return the store a service is configured for. Raises `Fatal` when it has no credentials."""
+    def from_settings(cls, settings: ServiceSettings, me: Identity | None = None) -> ArtifactStore:
+        """Return the store a service is configured for; `me` opens what is private. Raises `Fatal` without credentials."""
         credentials = provider(settings)
         if credentials is None:
             raise Fatal(
@@ -129,6 +89,7 @@ class ArtifactStore:
             settings.s3_public_endpoint,
             cache_max_bytes=settings.cache_max_bytes,
             credentials=credentials,
+            keys=Keyring(me, settings.lent),
         )
 
     async def ensure_bucket(self) -> None:
@@ -146,11 +107,9 @@ class ArtifactStore:
 
     # Writing.
 
-    async def put_bytes(
-        self, data: bytes, media_type: str, realm: artifacts_pb2.Realm.ValueType = artifacts_pb2.REALM_PUBLIC
-    ) -> ArtifactRef:
-        """Store bytes; a no-op if they are there."""
-        ref = ref_of_bytes(data, media_type, realm)
+    async def put_bytes(self, data: bytes, media_type: str, place: Place = artifacts_pb2.REALM_PUBLIC) -> ArtifactRef:
+        """Store bytes; a no-op if they are there. `place`: a realm, or `wire.private.placed`."""
+        ref = ref_of_bytes(data, media_type, place)
         await self._call("put", ref.digest, lambda: self._put(ref, io.BytesIO(data)))
         return ref
 
@@ -158,7 +117,7 @@ class ArtifactStore:
         self,
         path: Path,
         media_type: str,
-        realm: artifacts_pb2.Realm.ValueType = artifacts_pb2.REALM_PUBLIC,
+        place: Place = artifacts_pb2.REALM_PUBLIC,
         *,
         cache: bool = False,
         known: ArtifactRef | None = None,
@@ -168,7 +127,7 @@ class ArtifactStore:
         """
 
         def put() -> ArtifactRef:
-            ref = known or ref_of_file(path, media_type, realm)
+            ref = known or ref_of_file(path, media_type, place)
             with path.open("rb") as file:
                 self._put(ref, file)
             if cache:
@@ -180,19 +139,37 @@ class ArtifactStore:
     def _put(self, ref: ArtifactRef, body: Any) -> None:
         key = key_of(ref)
         # One that has lain there for long may be nobody's, and about to be collected: the new one is young.
-        if (found := self._status(key)) is not None and found.size == ref.size and found.age_s < FRESH_SECONDS:
+        size = private.stored_bytes(ref.size) if ref.realm == PRIVATE else ref.size
+        if (found := self._status(key)) is not None and found.size == size and found.age_s < FRESH_SECONDS:
             return
-        self._client.put_object(
-            self.bucket, key, body, ref.size, content_type=ref.media_type or "application/octet-stream"
-        )
-        metrics.STORE_BYTES.labels("up").inc(ref.size)
+        if ref.realm == PRIVATE:
+            body = private.closed(body, ref.secret, self._keys.key(ref, self._sealed))
+        self._upload(key, body, size, ref.media_type)
+
+    def _upload(self, key: str, body: Any, size: int, media_type: str) -> None:
+        self._client.put_object(self.bucket, key, body, size, content_type=media_type or "application/octet-stream")
+        metrics.STORE_BYTES.labels("up").inc(size)
+
+    async def put_copy(self, path: Path, key: str, media_type: str) -> None:
+        """Store again what `copy` wrote, at its key."""
+
+        def put() -> None:
+            with path.open("rb") as file:
+                self._upload(key, file, path.stat().st_size, media_type)
+
+        await self._call("put", key, put)
 
     # Reading.
 
     async def get_bytes(self, ref: ArtifactRef) -> bytes:
         """Return the whole artifact in memory. Raises `NotFound`, `VerificationFailed`."""
-        key = key_of(ref)
-        data = await self._call("get", ref.digest, lambda: self._read(key, 0, 0, limit=ref.size + 1))
+        key, limit = key_of(ref), private.stored_bytes(ref.size) if ref.realm == PRIVATE else ref.size
+
+        def read() -> bytes:
+            stored = self._read(key, 0, 0, limit=limit + 1)
+            return stored if ref.realm != PRIVATE else self._clear(io.BytesIO(stored).read, ref).read()
+
+        data = await self._call("get", ref.digest, read)
         if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.digest:
             raise _damaged("get", ref)
         return data
@@ -206,12 +183,7 @@ class ArtifactStore:
 
         def download(path: Path) -> None:
             nonlocal downloaded
-            response = self._client.get_object(self.bucket, key)
-            try:
-                save_verified(response.read, ref, path, progress)
-            finally:
-                response.close()
-                response.release_conn()
+            self._save(key, ref, path, progress)
             downloaded = True
 
         path = await self._call("fetch", ref.digest, lambda: self.cache.get(ref, download))
@@ -222,10 +194,45 @@ class ArtifactStore:
             raise ObjectMissing(f"the store has no {ref.digest}")
         return path
 
+    async def download(self, ref: ArtifactRef, path: Path) -> None:
+        """Write what the store itself has, verified, to `path`. Raises as `fetch`."""
+        key = key_of(ref)
+        await self._call("fetch", ref.digest, lambda: self._save(key, ref, path))
+
+    def _save(self, key: str, ref: ArtifactRef, path: Path, progress: Progress | None = None) -> None:
+        response = self._client.get_object(self.bucket, key)
+        try:
+            save_verified(
+                self._clear(response.read, ref).read if ref.realm == PRIVATE else response.read, ref, path, progress
+            )
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _clear(self, read: Callable[[int], bytes], ref: ArtifactRef) -> private.Stream:
+        return private.opened(read, ref, self._keys.key(ref, self._sealed))
+
+    def _sealed(self, secret: str) -> bytes:
+        """Return the sealed file of a run's secret."""
+        key = key_of(ArtifactRef(digest=secret, realm=artifacts_pb2.REALM_PUBLIC))
+        data = self._read(key, 0, 0, limit=MAX_SEALED)
+        if hashlib.sha256(data).hexdigest() != secret:
+            raise _damaged("get", ArtifactRef(digest=secret))
+        return data
+
+    async def owner(self, secret: str) -> str:
+        """Return whose the secret is that private artifacts are encrypted under. Raises `NoKey` for who may not open it."""
+        return await self._call("get", secret, lambda: self._keys.owner(secret, self._sealed))
+
+    async def boxed_key(self, ref: ArtifactRef, reader: str) -> bytes:
+        """Return the key of a private artifact in a box for `reader`."""
+        key = await self._call("get", ref.secret, lambda: self._keys.key(ref, self._sealed))
+        return private.boxed(key, reader)
+
     async def read_range(self, ref: ArtifactRef, start: int, length: int, sha256: str | None = None) -> bytes:
         """Return `length` bytes from `start`, checked against their own digest if one is given. Raises `NotFound`,
-        `VerificationFailed`, and `Invalid` for a range outside of the artifact."""
-        if start < 0 or length < 0 or start + length > ref.size:
+        `VerificationFailed`, and `Invalid` for a range outside of the artifact, or of one that is encrypted."""
+        if ref.realm == PRIVATE or start < 0 or length < 0 or start + length > ref.size:
             raise Invalid(f"bytes {start} to {start + length} are outside of {ref.digest[:12]}… ({ref.size} bytes)")
         if length == 0:
             return b""
@@ -236,10 +243,12 @@ class ArtifactStore:
         return data
 
     async def stat(self, ref: ArtifactRef) -> int | None:
-        """Return the size of the stored object, or None if there is none."""
+        """Return the size of a stored artifact, or None if there is none."""
         key = key_of(ref)
         found = await self._call("stat", ref.digest, lambda: self._status(key))
-        return None if found is None else found.size
+        if found is None:
+            return None
+        return private.content_bytes(found.size) if ref.realm == PRIVATE else found.size
 
     # Collecting.
 
@@ -249,21 +258,26 @@ class ArtifactStore:
         def read() -> list[StoredObject]:
             return [
                 self._described(found.object_name, found)
-                for realm in REALMS.values()
-                for found in self._client.list_objects(self.bucket, f"{realm}/sha256/", recursive=True)
+                for prefix in PREFIXES
+                for found in self._client.list_objects(self.bucket, prefix, recursive=True)
                 if not found.is_dir
             ]
 
         return await self._call("list", self.bucket, read)
 
     async def copy(self, one: StoredObject, path: Path) -> str | None:
-        """Write an object to `path`, verified, and return its media type; None if it is gone. Raises `VerificationFailed`."""
-        ref = ArtifactRef(digest=one.digest, size=one.size)
+        """Write an object to `path` as it is stored, verified, and return its media type; None if it is gone. Raises
+        `VerificationFailed`.
+        """
+        ref = ref_of_key(one.key, one.size)
 
         def download() -> str:
             response = self._client.get_object(self.bucket, one.key)
             try:
-                save_verified(response.read, ref, path)
+                if ref.realm != PRIVATE:
+                    save_verified(response.read, ref, path)
+                elif not save_whole(response.read, path):
+                    raise _damaged("copy", ref)
             finally:
                 response.close()
                 response.release_conn()
@@ -304,7 +318,7 @@ class ArtifactStore:
         try:
             return self._described(key, self._client.stat_object(self.bucket, key))
         except S3Error as error:
-            if error.code in _MISSING:
+            if error.code in MISSING:
                 return None
             raise
 
@@ -314,9 +328,12 @@ class ArtifactStore:
 
     # For those without credentials.
 
-    def presign_put(self, ref: ArtifactRef, expires_s: int) -> tuple[str, dict[str, str]]:
-        """Return a URL that stores exactly this artifact, once, and the headers that the PUT must carry."""
-        headers = write_once_headers(ref)
+    def presign_put(self, ref: ArtifactRef, expires_s: int, sent: str = "") -> tuple[str, dict[str, str]]:
+        """Return a URL that stores exactly this artifact, once, and the headers that the PUT must carry. `sent`: of a private
+        one, the SHA-256 of its encrypted form.
+        """
+        size = private.stored_bytes(ref.size) if ref.realm == PRIVATE else ref.size
+        headers = write_once_headers(ArtifactRef(digest=sent or ref.digest, size=size))
         return self._presign("PUT", ref, headers, expires_s), headers
 
     def presign_get(self, ref: ArtifactRef, expires_s: int) -> str:
@@ -344,7 +361,7 @@ class ArtifactStore:
             with metrics.STORE_SECONDS.labels(operation).time():
                 done = await asyncio.to_thread(work)
         except Exception as error:
-            meaning = self._explain(error, operation, what)
+            meaning = explained(error, operation, what, self.endpoint, self.bucket)
             metrics.STORE_ERRORS.labels(operation, type(meaning).__name__).inc()
             raise meaning from error
         if operation != "fetch":
@@ -354,31 +371,6 @@ class ArtifactStore:
     def _answered(self, *more: str) -> None:
         for dependency in ("store", "credentials", *more):
             WAITING.answered(dependency)
-
-    def _explain(self, error: Exception, operation: str, what: str) -> Exception:
-        away = f"the store at {self.endpoint} is away ({operation} {what})"
-        if isinstance(error, ConnitoError):
-            return error
-        if isinstance(error, S3Error):
-            if error.code in _MISSING:
-                return ObjectMissing(f"the store has no {what}")
-            if error.code == "NoSuchBucket":
-                text = f"the store has no bucket {self.bucket} yet; create it or check CONNITO_S3_BUCKET"
-                return Retry(text, dependency="store")
-            if error.code in _DENIED:
-                return Unusable(
-                    f"the store at {self.endpoint} denies {operation} on {self.bucket} ({error.code}); "
-                    "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY and the key's policy",
-                    dependency="credentials",
-                    reason=reasons.REASON_NOT_PERMITTED,
-                )
-            broken = "; if this stays, restore its files from a copy" if error.code == "InternalError" else ""
-            return Retry(f"{away}: {error.code} {error.message}{broken}", dependency="store")
-        if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
-            return Retry(f"{away}: {error}", dependency="store")
-        if isinstance(error, OSError):
-            return disk_or_network(error, Path(error.filename or what), away)
-        return error
 
 
 def _damaged(operation: str, ref: ArtifactRef) -> ObjectDamaged:

@@ -23,7 +23,8 @@ from connito.errors import ObjectDamaged, ObjectMissing, Retry, Unusable, Verifi
 from connito.runtime import metrics
 from connito.runtime.waiting import DISK, of_disk
 from connito.v1 import reasons_pb2 as reasons
-from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_PRIVATE, ArtifactRef
+from connito.wire import private
 
 CHUNK = 1 << 20
 Progress = Callable[[int, int], None]
@@ -92,12 +93,14 @@ async def put_presigned(url: str, headers: Mapping[str, str], path: Path, *, pro
     return await asyncio.to_thread(_put, url, dict(headers), path, progress)
 
 
-async def get_presigned(url: str, ref: ArtifactRef, path: Path, *, progress: Progress | None = None) -> None:
-    """Download through a presigned URL; `path` appears only once digest and size are right.
+async def get_presigned(
+    url: str, ref: ArtifactRef, path: Path, *, key: bytes = b"", progress: Progress | None = None
+) -> None:
+    """Download through a presigned URL; `path` appears only once digest and size are right. `key` opens a private artifact.
 
     Raises `Retry` when the store is away, `Invalid` when the URL is expired, `NotFound`, `VerificationFailed`.
     """
-    await asyncio.to_thread(_get, url, ref, path, progress)
+    await asyncio.to_thread(_get, url, ref, path, key, progress)
 
 
 def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
@@ -149,7 +152,7 @@ def _send_body(connection: http.client.HTTPConnection, path: Path, size: int, pr
     return sent
 
 
-def _get(url: str, ref: ArtifactRef, path: Path, progress: Progress | None) -> None:
+def _get(url: str, ref: ArtifactRef, path: Path, key: bytes, progress: Progress | None) -> None:
     connection, target = _connect(url)
     partial = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
@@ -157,7 +160,8 @@ def _get(url: str, ref: ArtifactRef, path: Path, progress: Progress | None) -> N
         response = connection.getresponse()
         if response.status != 200:
             _check_status(response.status, response.read(2000).decode(errors="replace"), url)
-        save_verified(response.read, ref, partial, progress)
+        read = private.opened(response.read, ref, key).read if ref.realm == REALM_PRIVATE else response.read
+        save_verified(read, ref, partial, progress)
         partial.replace(path)
     except http.client.HTTPException as error:
         raise Retry(f"the download from {urlsplit(url).netloc} broke off: {error!r}", dependency="store") from error
@@ -188,6 +192,18 @@ def save_verified(read: Callable[[int], bytes], ref: ArtifactRef, path: Path, pr
             f"what the store returned for {ref.digest} is not it (size or SHA-256 differs); its object is damaged or "
             "was replaced: restore it from a copy"
         )
+
+
+def save_whole(read: Callable[[int], bytes], path: Path) -> bool:
+    """Write an encrypted object as it is; return whether it is as it was written."""
+    with path.open("wb") as file:
+
+        def copying(size: int) -> bytes:
+            part = read(size)
+            file.write(part)
+            return part
+
+        return private.whole(copying)
 
 
 def disk_or_network(error: OSError, path: Path, what: str) -> Exception:

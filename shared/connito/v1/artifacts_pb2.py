@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from connito.v1 import bounds_pb2 as connito_dot_v1_dot_bounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onnito/v1/artifacts.proto\x12\nconnito.v1\x1a\x17\x63onnito/v1/bounds.proto\"\x97\x01\n\x0b\x41rtifactRef\x12\x14\n\x06\x64igest\x18\x01 \x01(\tB\x04\xa8\xbb\x18@\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x18\n\nmedia_type\x18\x03 \x01(\tB\x04\xa8\xbb\x18\x64\x12 \n\x05realm\x18\x04 \x01(\x0e\x32\x11.connito.v1.Realm\x12\x11\n\x03key\x18\x05 \x01(\x0c\x42\x04\xa8\xbb\x18 \x12\x15\n\x07\x63ontent\x18\x06 \x01(\tB\x04\xa8\xbb\x18@*Y\n\x05Realm\x12\x15\n\x11REALM_UNSPECIFIED\x10\x00\x12\x10\n\x0cREALM_PUBLIC\x10\x01\x12\x11\n\rREALM_HOLDOUT\x10\x02\x12\x14\n\x10REALM_SUBMISSION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onnito/v1/artifacts.proto\x12\nconnito.v1\x1a\x17\x63onnito/v1/bounds.proto\"\xad\x01\n\x0b\x41rtifactRef\x12\x14\n\x06\x64igest\x18\x01 \x01(\tB\x04\xa8\xbb\x18@\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x18\n\nmedia_type\x18\x03 \x01(\tB\x04\xa8\xbb\x18\x64\x12 \n\x05realm\x18\x04 \x01(\x0e\x32\x11.connito.v1.Realm\x12\x11\n\x03key\x18\x05 \x01(\x0c\x42\x04\xa8\xbb\x18 \x12\x15\n\x07\x63ontent\x18\x06 \x01(\tB\x04\xa8\xbb\x18@\x12\x14\n\x06secret\x18\x07 \x01(\tB\x04\xa8\xbb\x18@*l\n\x05Realm\x12\x15\n\x11REALM_UNSPECIFIED\x10\x00\x12\x10\n\x0cREALM_PUBLIC\x10\x01\x12\x11\n\rREALM_HOLDOUT\x10\x02\x12\x14\n\x10REALM_SUBMISSION\x10\x03\x12\x11\n\rREALM_PRIVATE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,8 +40,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACTREF'].fields_by_name['key']._serialized_options = b'\250\273\030 '
   _globals['_ARTIFACTREF'].fields_by_name['content']._loaded_options = None
   _globals['_ARTIFACTREF'].fields_by_name['content']._serialized_options = b'\250\273\030@'
-  _globals['_REALM']._serialized_start=221
-  _globals['_REALM']._serialized_end=310
+  _globals['_ARTIFACTREF'].fields_by_name['secret']._loaded_options = None
+  _globals['_ARTIFACTREF'].fields_by_name['secret']._serialized_options = b'\250\273\030@'
+  _globals['_REALM']._serialized_start=243
+  _globals['_REALM']._serialized_end=351
   _globals['_ARTIFACTREF']._serialized_start=68
-  _globals['_ARTIFACTREF']._serialized_end=219
+  _globals['_ARTIFACTREF']._serialized_end=241
 # @@protoc_insertion_point(module_scope)

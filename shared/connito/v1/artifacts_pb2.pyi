@@ -30,6 +30,10 @@ class _RealmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Realm.ValueType
     """Validators and the aggregator: held-out data, never served to a miner."""
     REALM_SUBMISSION: _Realm.ValueType  # 3
     """What miners upload: written once through a presigned slot, read by validators and the aggregator."""
+    REALM_PRIVATE: _Realm.ValueType  # 4
+    """What is made in a run that is not public, and what is made of such experts: encrypted under a key of the customer's
+    (`connito.wire.private`).
+    """
 
 class Realm(_Realm, metaclass=_RealmEnumTypeWrapper):
     """Where an artifact lives and, with that, who may read it."""
@@ -41,6 +45,10 @@ REALM_HOLDOUT: Realm.ValueType  # 2
 """Validators and the aggregator: held-out data, never served to a miner."""
 REALM_SUBMISSION: Realm.ValueType  # 3
 """What miners upload: written once through a presigned slot, read by validators and the aggregator."""
+REALM_PRIVATE: Realm.ValueType  # 4
+"""What is made in a run that is not public, and what is made of such experts: encrypted under a key of the customer's
+(`connito.wire.private`).
+"""
 Global___Realm: _TypeAlias = Realm  # noqa: Y015
 
 @_typing.final
@@ -55,6 +63,7 @@ class ArtifactRef(_message.Message):
     REALM_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Lower-case hex SHA-256 of the object's bytes."""
     size: _builtins.int
@@ -66,6 +75,8 @@ class ArtifactRef(_message.Message):
     and the SHA-256 of what is inside, of which `media_type` speaks. Empty for all others.
     """
     content: _builtins.str
+    secret: _builtins.str
+    """In REALM_PRIVATE: SHA-256 of the sealed file that holds the key. `digest` and `size` are of the content all the same."""
     def __init__(
         self,
         *,
@@ -75,10 +86,11 @@ class ArtifactRef(_message.Message):
         realm: Global___Realm.ValueType = ...,
         key: _builtins.bytes = ...,
         content: _builtins.str = ...,
+        secret: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "key", b"key", "media_type", b"media_type", "realm", b"realm", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "key", b"key", "media_type", b"media_type", "realm", b"realm", "secret", b"secret", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

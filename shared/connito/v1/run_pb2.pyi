@@ -658,6 +658,7 @@ class RunSpec(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     domain: _builtins.str
     cycles: _builtins.int
@@ -731,6 +732,12 @@ class RunSpec(_message.Message):
         and are reported on. REALM_HOLDOUT.
         """
 
+    @_builtins.property
+    def secret(self) -> _artifacts_pb2.ArtifactRef:
+        """In a run that is not public: a file of 32 bytes, sealed for those who work on it (REALM_PUBLIC). What the run makes is
+        encrypted under keys that follow from it.
+        """
+
     def __init__(
         self,
         *,
@@ -764,10 +771,11 @@ class RunSpec(_message.Message):
         protocol_version: _builtins.int = ...,
         retention: Global___RetentionPolicy | None = ...,
         tasks: _abc.Iterable[Global___CorpusRef] | None = ...,
+        secret: _artifacts_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "scoring", b"scoring", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "enrolment", b"enrolment", "holdout", b"holdout", "merging", b"merging", "objective", b"objective", "probe", b"probe", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "scoring", b"scoring", "secret", b"secret", "selection", b"selection", "train", b"train", "training", b"training", "windows", b"windows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "protocol_version", b"protocol_version", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "selection", b"selection", "start_from", b"start_from", "tasks", b"tasks", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "benchmarks", b"benchmarks", "beside", b"beside", "customer", b"customer", "cycles", b"cycles", "data_sources", b"data_sources", "data_statement", b"data_statement", "domain", b"domain", "emission", b"emission", "enrolment", b"enrolment", "general_holdouts", b"general_holdouts", "holdout", b"holdout", "license", b"license", "merging", b"merging", "objective", b"objective", "organisation", b"organisation", "probe", b"probe", "protocol_version", b"protocol_version", "replay", b"replay", "retention", b"retention", "rewards", b"rewards", "run", b"run", "scoring", b"scoring", "secret", b"secret", "selection", b"selection", "start_from", b"start_from", "tasks", b"tasks", "train", b"train", "training", b"training", "visibility", b"visibility", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

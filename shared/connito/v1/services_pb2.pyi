@@ -563,10 +563,13 @@ class UploadCommand(_message.Message):
     ARTIFACT_FIELD_NUMBER: _builtins.int
     BASE_STATE_DIGEST_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     base_state_digest: _builtins.str
     salt: _builtins.bytes
+    sent: _builtins.str
+    """For an artifact of REALM_PRIVATE: SHA-256 of the encrypted bytes that will be sent."""
     @_builtins.property
     def artifact(self) -> _artifacts_pb2.ArtifactRef: ...
     def __init__(
@@ -577,10 +580,11 @@ class UploadCommand(_message.Message):
         artifact: _artifacts_pb2.ArtifactRef | None = ...,
         base_state_digest: _builtins.str = ...,
         salt: _builtins.bytes = ...,
+        sent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "base_state_digest", b"base_state_digest", "cycle", b"cycle", "run", b"run", "salt", b"salt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "base_state_digest", b"base_state_digest", "cycle", b"cycle", "run", b"run", "salt", b"salt", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,19 +730,45 @@ class RequestDownloadsResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class KeysEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     URLS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def urls(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Digest to URL."""
+
+    @_builtins.property
+    def keys(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """Digest to the key that opens an artifact of REALM_PRIVATE, in a sealed box for the signer."""
 
     def __init__(
         self,
         *,
         urls: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        keys: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["urls", b"urls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "urls", b"urls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ other reader was given the same key.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.identity import Identity, exchange_key, is_public_key, short_key
 from connito.wire.roster import OPERATOR, Roster
 
+JUDGES = ("selector", "aggregator", "validator", OPERATOR)
 MEDIA_TYPE = "application/vnd.connito.sealed"
 CHUNK = 1 << 20
 _MAGIC = b"connito.v1.sealed\n"
@@ -41,8 +43,7 @@ class NoKey(Invalid):
 
 def judges(roster: Roster, owner: str) -> set[str]:
     """Return who reads what a customer holds out: those who measure with it, the operator for an audit, and itself."""
-    roles = ("selector", "aggregator", "validator", OPERATOR)
-    return {owner}.union(*(roster.keys.get(role, frozenset()) for role in roles))
+    return {owner}.union(*(roster.keys.get(role, frozenset()) for role in JUDGES))
 
 
 def seal_file(source: Path, target: Path, owner: Identity, readers: Iterable[str]) -> None:
@@ -102,10 +103,18 @@ def unsealed(
     return target
 
 
-def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str, lent: str) -> None:
+def unsealed_bytes(data: bytes, me: Identity, lent: str = "") -> tuple[bytes, str]:
+    """Return the content of a short sealed file, and who sealed it. Raises as `unsealed`."""
+    out = io.BytesIO()
+    owner = _unseal(io.BytesIO(data), out, me, None, lent)
+    return out.getvalue(), owner
+
+
+def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str | None, lent: str) -> str:
+    """Write the content; return the owner, who has to be `owner` where one is given."""
     header = _read_header(file)
     fields = _parse(header)
-    if fields["owner"] != owner:
+    if owner is not None and fields["owner"] != owner:
         raise Invalid("it was sealed by another than this run's customer", reason=reasons.REASON_NOT_PERMITTED)
     boxes = fields["boxes"]
     key = _content_key({**({me.public: lent} if lent else {}), **boxes}, me)
@@ -117,6 +126,7 @@ def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str, lent: str) 
         raise _damaged("its readers were not all given the same key")
     for chunk in decrypted(file, header, key):
         out.write(chunk)
+    return str(fields["owner"])
 
 
 def _content_key(boxes: Mapping[str, str], me: Identity) -> bytes:
@@ -161,10 +171,16 @@ def _box(key: bytes, reader: str) -> bytes:
 
 
 def encrypt(plain: BinaryIO, out: BinaryIO, header: bytes, key: bytes) -> None:
-    """Write what is left of `plain` in chunks that are bound to a header and to their order. A key is for one content."""
+    """Write what `encrypted` yields."""
+    for chunk in encrypted(plain, header, key):
+        out.write(chunk)
+
+
+def encrypted(plain: BinaryIO, header: bytes, key: bytes) -> Iterator[bytes]:
+    """Yield what is left of `plain` in chunks that are bound to a header and to their order. A key is for one content."""
     work = bindings.crypto_aead_xchacha20poly1305_ietf_encrypt
     for chunk, nonce in _chunks(plain, CHUNK):
-        out.write(work(chunk, hashlib.sha256(header).digest(), nonce, key))
+        yield work(chunk, hashlib.sha256(header).digest(), nonce, key)
 
 
 def decrypted(file: BinaryIO, header: bytes, key: bytes) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from connito.data.tensors import MAX_HEADER_BYTES, read_header, tensor_bytes
 from connito.errors import ConnitoError, Invalid, Retry
 from connito.protocol.submission import expected_layout, validate
 from connito.service.rpc import open_request
-from connito.store.artifacts import key_of
+from connito.store.named import key_of
 from connito.v1 import artifacts_pb2, cycle_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import detail_of

@@ -45,6 +45,7 @@ from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
 from connito.wire.locked import unlocked
+from connito.wire.private import placed
 
 _NO_GAIN = (cycle_pb2.FINDING_KIND_NO_GAIN, cycle_pb2.FINDING_KIND_UNCERTAIN_GAIN)
 # (part of the hold-out, digest of a state, its file) -> losses
@@ -283,9 +284,9 @@ class _Merge(ABC):
         built = self._built.get(outcome.attempt)
         state, momentum = self._paths(outcome.attempt) if weights else self._unmoved()
         ref, outer = (
-            (_ref(*built.files.state), _ref(*built.files.momentum))
+            (self._ref(*built.files.state), self._ref(*built.files.momentum))
             if built is not None and weights
-            else (_ref(*digest_of_file(state)), _ref(*digest_of_file(momentum)))
+            else (self._ref(*digest_of_file(state)), self._ref(*digest_of_file(momentum)))
         )
         version = cycle_pb2.VersionPublished(
             run=self.facts.run,
@@ -304,8 +305,13 @@ class _Merge(ABC):
         step = state.with_suffix(".step")
         if not (weights and step.exists()):
             return Merged(scored, version, state, momentum)
-        version.step.CopyFrom(_ref(*digest_of_file(step), CODED))
+        version.step.CopyFrom(self._ref(*digest_of_file(step), CODED))
         return Merged(scored, version, state, momentum, step)
+
+    def _ref(self, digest: str, size: int, media_type: str = SAFETENSORS) -> artifacts_pb2.ArtifactRef:
+        ref = placed(self.spec)
+        ref.MergeFrom(artifacts_pb2.ArtifactRef(digest=digest, size=size, media_type=media_type))
+        return ref
 
     def _unmoved(self) -> tuple[Path, Path]:
         """Return the incumbent, with the momentum it came with."""
@@ -392,7 +398,3 @@ def _compared(before: Losses, after: Losses, by_sequence: bool) -> list[cycle_pb
             loss.sequence_tokens.extend(before.rows[domain][1])
         found.append(loss)
     return found
-
-
-def _ref(digest: str, size: int, media_type: str = SAFETENSORS) -> artifacts_pb2.ArtifactRef:
-    return artifacts_pb2.ArtifactRef(digest=digest, size=size, media_type=media_type, realm=artifacts_pb2.REALM_PUBLIC)

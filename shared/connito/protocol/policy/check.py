@@ -27,7 +27,7 @@ from connito.protocol.policy.law import (
 )
 from connito.protocol.scoring import payout
 from connito.v1 import reasons_pb2
-from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, Realm
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.run_pb2 import CorpusRef, RewardPolicy, RunSpec
 from connito.wire.enums import name_of
 from connito.wire.identity import is_public_key
@@ -174,14 +174,22 @@ def _artifacts(spec: RunSpec) -> Iterator[Fault]:
         if len(getattr(spec, name)) > MAX_CORPORA:
             yield Fault(name, f"has {len(getattr(spec, name))} entries", f"give at most {MAX_CORPORA}")
             return
+    text = (REALM_PUBLIC, REALM_PRIVATE) if spec.secret.digest else (REALM_PUBLIC,)
     yield from _ref("base.manifest", spec.base.manifest, REALM_PUBLIC)
-    yield from _corpus("probe", spec.probe, REALM_PUBLIC, REALM_HOLDOUT)
-    yield from _corpus("train", spec.train, REALM_PUBLIC)
+    yield from _corpus("probe", spec.probe, *text, REALM_HOLDOUT)
+    yield from _corpus("train", spec.train, *text)
     yield from _corpus("holdout", spec.holdout, REALM_HOLDOUT)
     if spec.HasField("replay"):
-        yield from _corpus("replay", spec.replay, REALM_PUBLIC)
+        yield from _corpus("replay", spec.replay, *text)
     for index, corpus in enumerate(spec.beside):
-        yield from _corpus(f"beside[{index}]", corpus, REALM_PUBLIC, REALM_HOLDOUT)
+        yield from _corpus(f"beside[{index}]", corpus, *text, REALM_HOLDOUT)
+    if spec.secret.digest:
+        yield from _ref("secret", spec.secret, REALM_PUBLIC)
+    if any(
+        ref.secret not in ("", spec.secret.digest)
+        for ref in (spec.train.artifact, spec.probe.artifact, spec.replay.artifact)
+    ):
+        yield Fault("secret", "is not the one that a corpus is encrypted under", "give one secret for all of a run")
     if _twice([spec.domain, *(corpus.domain for corpus in spec.beside)]):
         yield Fault("beside", "names a domain twice, or the target's own", "give each further domain once")
     if not spec.general_holdouts:

@@ -12,7 +12,7 @@ from connito.errors import Invalid
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.runtime.progress import silent
 from connito.store import ArtifactStore
-from connito.store.artifacts import key_of
+from connito.store.named import key_of
 from connito.v1 import run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 

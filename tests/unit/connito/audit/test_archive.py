@@ -13,7 +13,7 @@ from connito.audit.audit import Options, audit
 from connito.audit.evidence import Stored
 from connito.errors import ConnitoError, Invalid, NotFound
 from connito.runtime.progress import silent
-from connito.store.artifacts import key_of
+from connito.store.named import key_of
 
 from .world import ROSTER, RUN, World, tell
 

@@ -1,0 +1,48 @@
+"""What errors of the store's client mean to who called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import urllib3
+from minio.error import InvalidResponseError, S3Error, ServerError
+
+from connito.errors import ConnitoError, ObjectMissing, Retry, Unusable
+from connito.store.presigned import disk_or_network
+from connito.v1 import reasons_pb2 as reasons
+
+_DENIED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+    "AuthorizationHeaderMalformed",
+}
+MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
+
+
+def explained(error: Exception, operation: str, what: str, endpoint: str, bucket: str) -> Exception:
+    """Return what an error of the store's client means."""
+    away = f"the store at {endpoint} is away ({operation} {what})"
+    if isinstance(error, ConnitoError):
+        return error
+    if isinstance(error, S3Error):
+        if error.code in MISSING:
+            return ObjectMissing(f"the store has no {what}")
+        if error.code == "NoSuchBucket":
+            text = f"the store has no bucket {bucket} yet; create it or check CONNITO_S3_BUCKET"
+            return Retry(text, dependency="store")
+        if error.code in _DENIED:
+            return Unusable(
+                f"the store at {endpoint} denies {operation} on {bucket} ({error.code}); "
+                "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY and the key's policy",
+                dependency="credentials",
+                reason=reasons.REASON_NOT_PERMITTED,
+            )
+        broken = "; if this stays, restore its files from a copy" if error.code == "InternalError" else ""
+        return Retry(f"{away}: {error.code} {error.message}{broken}", dependency="store")
+    if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
+        return Retry(f"{away}: {error}", dependency="store")
+    if isinstance(error, OSError):
+        return disk_or_network(error, Path(error.filename or what), away)
+    return error
