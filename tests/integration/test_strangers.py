@@ -589,7 +589,10 @@ async def test_a_question_names_no_more_subjects_than_an_honest_one(boundary: Bo
     assert not reading.is_connected
     # What a program asks at most: the longest names that there can be.
     longest = f"connito.v1.{'r' * 80}.ingress.{'U' * 56}.commitment.part.{'9' * 20}.{'9' * 20}"
-    for question in ({"last_by_subj": longest}, {"seq": 1, "batch": 256, "max_bytes": 1 << 18, "next_by_subj": longest}):
+    for question in (
+        {"last_by_subj": longest},
+        {"seq": 1, "batch": 256, "max_bytes": 1 << 18, "next_by_subj": longest},
+    ):
         honest = (await boundary.hostile()).clients["miners-read"]
         answer = await honest.request(stream, json.dumps(question).encode(), timeout=5)
         assert (answer.headers or {})["Status"] == "404"

@@ -147,6 +147,8 @@ def _of_spec(spec: run_pb2.RunSpec) -> Iterator[Named]:
     corpora += [("probe", corpus) for corpus in spec.beside]
     for use, corpus in corpora:
         yield Named(f"{use} corpus of {corpus.domain}", corpus.artifact)
+    if spec.secret.digest:
+        yield Named("the run's secret", spec.secret)
 
 
 def refused_reveals(evidence: Evidence) -> Iterator[Named]:

@@ -105,7 +105,9 @@ def guarding(key: str) -> Permissions:
 def _readers(name: str, role: str, streams: Sequence[str], connections: int) -> Account:
     asks = (*_reading(streams), *_endpoints())
     heard = tuple(live(stream, ">") for stream in streams)
-    return Account(name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, QUESTION, connections=connections)
+    return Account(
+        name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, QUESTION, connections=connections
+    )
 
 
 def _speakers(name: str, role: str, said: Sequence[str], payload: int, connections: int) -> Account:

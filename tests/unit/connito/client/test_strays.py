@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from connito.bus import Bus, streams
 from connito.client import cleaning
-from connito.store.artifacts import StoredObject
+from connito.store.named import StoredObject
 from connito.v1 import run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects

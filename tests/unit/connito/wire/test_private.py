@@ -82,5 +82,7 @@ def test_where_a_run_puts_what_it_makes_follows_from_its_spec() -> None:
 
 
 def test_the_secret_is_for_those_who_work_on_the_run() -> None:
-    roster = Roster({role: frozenset({role}) for role in ("selector", "library", "customer", "committer", "coordinator")})
+    roster = Roster(
+        {role: frozenset({role}) for role in ("selector", "library", "customer", "committer", "coordinator")}
+    )
     assert private.readers(roster, "owner") == {"owner", "selector", "library", "committer"}
