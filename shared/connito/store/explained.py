@@ -1,4 +1,4 @@
-"""What errors of the store's client mean to who called."""
+"""Meanings of what the store's client raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where artifacts lie in the store, by what a reference says."""
+"""Keys of artifacts in the store, by what a reference says."""
 
 from __future__ import annotations
 

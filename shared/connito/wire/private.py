@@ -1,4 +1,4 @@
-"""What a run that is not public leaves in the store: encrypted, and named by the digest of its content all the same.
+"""Encryption of what a run that is not public leaves in the store; its name there is the digest of the content all the same.
 
 The customer draws one secret a run and seals it for those who work on the run; the file of that lies in the store too. Each
 artifact has a key of its own, which follows from the secret and the artifact's digest, so that a miner can be told one key
