@@ -259,13 +259,13 @@ class Console:
         return Shown("compare.html", "Comparison", values)
 
     async def _expert(self, request: Request) -> Response:
-        row = self._row(request)
-        return await self._show_expert(request, row, await self._offer(row))
+        row, family = self._row(request)
+        return await self._show_expert(request, row, family, await self._offer(row))
 
     async def _try(self, request: Request) -> Response:
         """Return the answers of an expert and its base to a reader's text: as they come, or on the page in whole."""
         login.own_pages_only(request)
-        row = self._row(request)
+        row, family = self._row(request)
         offer, streams = await self._offer(row), request.headers.get("accept", "").startswith("text/event-stream")
         form = await login.form(request, MAX_TRY_BYTES)
         try:
@@ -276,17 +276,18 @@ class Console:
                 headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
                 pieces = as_events(self.trial.pieces(offer, asked))
                 return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
-            return await self._show_expert(request, row, offer, asked, await self.trial.answers(offer, asked))
+            return await self._show_expert(request, row, family, offer, asked, await self.trial.answers(offer, asked))
         except (Invalid, Retry) as error:
             if streams:
                 return PlainTextResponse(str(error), 400 if isinstance(error, Invalid) else 503)
-            return await self._show_expert(request, row, Offer(offer.models, str(error)), Asked.kept(form))
+            return await self._show_expert(request, row, family, Offer(offer.models, str(error)), Asked.kept(form))
 
-    def _row(self, request: Request) -> experts.ExpertRow:
-        row = next((row for row in self._experts(request) if row.expert_id == request.path_params["expert"]), None)
+    def _row(self, request: Request) -> tuple[experts.ExpertRow, experts.Family]:
+        rows = self._experts(request)
+        row = next((row for row in rows if row.expert_id == request.path_params["expert"]), None)
         if row is None:
             raise HTTPException(404, "There is no such expert in this library.")
-        return row
+        return row, experts.family(row, rows)
 
     async def _offer(self, row: experts.ExpertRow) -> Offer:
         if row.withdrawn:
@@ -294,14 +295,14 @@ class Console:
         return await self.trial.offer(row.expert_id)
 
     async def _show_expert(
-        self, request: Request, row: experts.ExpertRow, offer: Offer, asked: Asked | None = None,
+        self, request: Request, row: experts.ExpertRow, family: experts.Family, offer: Offer, asked: Asked | None = None,
         answers: Mapping[str, Piece] | None = None,
     ) -> Response:  # fmt: skip
         about = await self.artifacts.about(row.record)
         commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
         values = {
             "expert": row, "card": as_html(about.card), "commands": [] if row.withdrawn else commands,
-            "effects": effects(about.record), "family": experts.family(row, self._experts(request)),
+            "effects": effects(about.record), "family": family,
             "offer": offer, "serve": self.trial.url, "asked": asked or Asked(""), "answers": answers or {},
             "lengths": LENGTHS, "most": MAX_TEXT,
         }  # fmt: skip

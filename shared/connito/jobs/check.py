@@ -16,7 +16,7 @@ from connito.jobs.findings import Finding, worst
 from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
-from connito.library.governance import TERMS
+from connito.library.governance import TERMS, terms_of
 from connito.library.start import AUTO, NONE, notice_of, refusal
 from connito.moe.helper_experts import frozen_and_trained
 from connito.render import formats
@@ -102,8 +102,7 @@ def check(job: Job, root: Path, data_dir: Path | None = None, progress: Progress
 def _terms(job: Job) -> Iterator[Finding]:
     """Check that the licence is a known one, whose terms a program can apply, or a custom one that is marked as such."""
     name = job.license
-    if name in TERMS:
-        terms = TERMS[name]
+    if (terms := terms_of(name)) is not None:
         limits = [word for word, allowed in (("commercial use", terms.commercial), ("derivatives", terms.derivatives),
                                              ("redistribution", terms.redistribution)) if not allowed]  # fmt: skip
         detail = f"{name}" + (f": no {', no '.join(limits)}" if limits else "")

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
+
+from connito.runtime.extras import extras_named
 
 # The verbs stand above everything they use, in `connito.curation`; their names are offered where people look for them.
 _HOMES = {
@@ -55,8 +58,11 @@ __all__ = [*_HOMES]  # noqa: PLE0604 - names of the table above resolve through 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"connito.curation.{_HOMES[name]}")
-    return getattr(home, "list_" if name == "list" else name)
+    with extras_named():
+        home = importlib.import_module(f"connito.curation.{_HOMES[name]}")
+    found = getattr(home, "list_" if name == "list" else name)
+    # What it imports when it is called may be missing, too.
+    return extras_named()(found) if inspect.isfunction(found) else found
 
 
 def __dir__() -> list[str]:

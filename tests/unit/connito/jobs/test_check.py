@@ -71,6 +71,9 @@ def test_a_tokenizer_that_does_not_fit_is_told_beside_the_general_text(customer:
     [
         ("CC-BY-NC-4.0", "ok", "no commercial use"),
         ("CC-BY-ND-4.0", "error", "no derivatives"),
+        # As what is composed of experts of several licences has them.
+        ("Apache-2.0 AND CC-BY-NC-4.0", "ok", "no commercial use"),
+        ("Apache-2.0 AND Apache 3", "error", "not a licence identifier"),
         ("Apache 2", "error", "did you mean Apache-2.0"),
         ("LicenseRef-ours", "warning", "licence of your own"),
     ],
