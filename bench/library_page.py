@@ -196,4 +196,50 @@ def _without_picture(document: Document) -> str:
     return ran(document).split("![")[0].rstrip()
 
 
-PARTS = {"composition": _composition, "search": _search, "lifecycle": _lifecycle, "compounding": _compounding}
+# What serving twenty experts at once should reach: of the base's throughput, times models swapped in turn, of base and rows.
+OF_BASE, TIMES_SWAPPED, OF_MEMORY = 0.9, 5.0, 1.05
+
+
+def _serving(document: Document) -> str:
+    rows = [
+        [
+            row["shape"],
+            _held(row["mixed_of_base_alone"], OF_BASE),
+            _held(row["mixed_times_swapped"], TIMES_SWAPPED),
+            f"{row['base_alone_times_swapped']:.2f}",
+            f"{row['mixed_times_reloaded']:.2f}",
+            f"{(row['base_bytes'] + row['memory_over_rows'] * row['row_bytes']) / (row['base_bytes'] + row['row_bytes']):.3f}",
+            f"{row['same_answers']:.0%}",
+        ]
+        for row in document["rows"]
+    ]
+    head = [
+        "shape", f"mixed, of the base alone (goal {OF_BASE})", f"mixed, times swapped (goal {TIMES_SWAPPED:g})",
+        "base alone, times swapped", "mixed, times reloaded", f"memory, of base and rows (goal {OF_MEMORY})", "same answers",
+    ]  # fmt: skip
+    settings, machine = document["settings"], document["machine"]
+    return (
+        f"{settings['experts']} requests, each for an expert of its own, in one batch, {settings['answer']} tokens each: "
+        "against as many for the base alone, against the same models swapped into the base in turn, and against reading each "
+        "from disk as well.\n\n"
+        f"{table(head, rows)}\n\n"
+        "What the base alone gains over swapping is what batching gains; a mixed batch cannot gain more. Where the "
+        "experts are small and many (FINE), that is below the goal. A mixed batch reads more rows than the base's: where few "
+        "experts serve many tokens, each is read once more for every expert that replaces it.\n\n"
+        f"Processor time in one thread, best of {settings['rounds']} rounds with the arms in turn; random weights of the "
+        f"shapes in `bench.serving`; {machine['cores']} cores of an {machine['cpu']}, no GPU. "
+        "[Every number](../evidence/serving.json).\n"
+    )
+
+
+def _held(value: float, goal: float) -> str:
+    return f"{value:.2f}" if value >= goal else f"{value:.3f} (missed)"
+
+
+PARTS = {
+    "composition": _composition,
+    "search": _search,
+    "lifecycle": _lifecycle,
+    "compounding": _compounding,
+    "serving": _serving,
+}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,27 +39,37 @@ EXPERTS, PROMPT, SHARE = 20, 16, 0.075
 # Many small experts, as DeepSeek-V2-Lite has them.
 FINE = Shape(layers=6, dense_layers=0, hidden=256, intermediate=96, experts=64, top_k=6, vocabulary=2048)
 SHAPES = {"FINE": FINE, "WIDE": WIDE, "DEEP": DEEP, "DEMO": DEMO}
+FIGURES = (
+    "memory_over_rows",
+    "mixed_of_base_alone",
+    "mixed_times_swapped",
+    "base_alone_times_swapped",
+    "mixed_times_reloaded",
+    "same_answers",
+)
 Requests = Sequence[tuple[list[int], int]]
 
 
 def run(options: Options) -> Result:
-    """Time the arms on three shapes, four without --quick; check that their answers are the same."""
-    names, answer, rounds = (("FINE", "WIDE", "DEEP"), 16, 2) if options.quick else (tuple(SHAPES), 48, 3)
-    result = Result({"experts": EXPERTS, "prompt": PROMPT, "answer": answer, "rounds": rounds})
+    """Time the arms on three shapes, four without --quick; check that their answers are the same.
+
+    Each shape's row of a full run is kept in a file: a run goes on where it was stopped.
+    """
+    answer, rounds = (16, 2) if options.quick else (48, 3)
+    names = [name for name in SHAPES if name in options.only.split(",")] or [*SHAPES][: 3 if options.quick else 4]
+    result = Result({"experts": EXPERTS, "prompt": PROMPT, "answer": answer, "rounds": rounds, "in_parts": True})
     for name in names:
-        # A process for each: memory that another shape had freed would hide what the rows take.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
-            row = {"shape": name, **own.submit(_measure, SHAPES[name], answer, rounds).result()}
-        note(f"{name}: {row}")
+        kept = options.out / f"serving-{'quick' if options.quick else 'shapes'}" / f"{name}.json"
+        if not kept.exists():
+            # A process for each: memory that another shape had freed would hide what the rows take.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+                row = {"shape": name, **own.submit(_measure, SHAPES[name], answer, rounds).result()}
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(row))
+            note(f"{name}: {row}")
+        row = json.loads(kept.read_text())
         result.rows.append(row)
-        for key in (
-            "memory_over_rows",
-            "mixed_of_base_alone",
-            "mixed_times_swapped",
-            "base_alone_times_swapped",
-            "mixed_times_reloaded",
-            "same_answers",
-        ):
+        for key in FIGURES:
             result.figures[f"{name} {key}"] = row[key]
     return result
 
