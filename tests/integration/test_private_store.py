@@ -11,7 +11,7 @@ from connito.client import backups
 from connito.errors import Invalid, ObjectDamaged
 from connito.store import ArtifactStore, get_presigned, key_of, put_presigned
 from connito.store.keyring import Keyring
-from connito.v1.artifacts_pb2 import REALM_PRIVATE, ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.wire import private
 from connito.wire.identity import Identity
 from connito.wire.sealing import MEDIA_TYPE, NoKey, lend, seal_file
@@ -88,6 +88,14 @@ async def test_an_owner_uploads_and_a_reader_downloads_by_addresses_alone(
     with pytest.raises(ObjectDamaged):
         await get_presigned(committer.presign_get(ref, 60), ref, tmp_path / "not", key=bytes(32))
     assert await committer.owner(place.secret) == OWNER.public
+
+
+async def test_only_in_a_private_place_is_what_is_sent_another_than_the_content(store: ArtifactStore) -> None:
+    """Else whoever may upload takes the place of a public artifact, or a submission, before it is there."""
+    for realm in (REALM_PUBLIC, REALM_HOLDOUT, REALM_SUBMISSION):
+        ref = ArtifactRef(digest="d" * 64, size=500, realm=realm)
+        _, headers = store.presign_put(ref, 60, hashlib.sha256(STATE).hexdigest())
+        assert headers == store.presign_put(ref, 60)[1]
 
 
 async def test_it_is_copied_and_brought_back_without_keys_and_damage_is_noticed(

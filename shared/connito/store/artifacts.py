@@ -332,8 +332,10 @@ class ArtifactStore:
         """Return a URL that stores exactly this artifact, once, and the headers that the PUT must carry. `sent`: of a private
         one, the SHA-256 of its encrypted form.
         """
-        size = private.stored_bytes(ref.size) if ref.realm == PRIVATE else ref.size
-        headers = write_once_headers(ArtifactRef(digest=sent or ref.digest, size=size))
+        stored = ref
+        if ref.realm == PRIVATE:
+            stored = ArtifactRef(digest=sent, size=private.stored_bytes(ref.size))
+        headers = write_once_headers(stored)
         return self._presign("PUT", ref, headers, expires_s), headers
 
     def presign_get(self, ref: ArtifactRef, expires_s: int) -> str:
