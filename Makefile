@@ -35,7 +35,7 @@ bench: $(READY) ## quick runs of the benchmarks; `python -m bench.<name>` is a f
 	@$(PIP) install --quiet --no-deps -c constraints.txt peft torchao
 	@for name in overhead selection cost engine memory forgetting decentralised schedules routing_modes residency document_pools \
 	  validator_throughput attacks copies racing trust composition compounding lifecycle calibration search \
-	  console reading; do \
+	  console reading merge_pass; do \
 	  $(PY) -m bench.$$name --quick || exit 1; done
 
 fmt: $(READY) ## format the code
