@@ -3,7 +3,7 @@
 Before a block of commands stands one of
 
     <!-- run --> or <!-- run over a platform -->     tests/e2e/test_docs.py runs it
-    <!-- tested by PATH -->                          a test, or another page, runs these verbs
+    <!-- tested by PATH -->                          a test, or another page, runs these verbs with these options
     <!-- not run: REASON -->                         it needs what no test has
 """
 
@@ -35,6 +35,7 @@ REASONS = {
     "package index": "downloads what is installed here",
     "hub": "needs an account; a stand-in is in test_hub.py",
     "chain": "needs a wallet's key or a subnet; test_hotkeys.py has both sides",
+    "other options": "a test runs the verb with others; that these exist is checked below",
     "another model": "needs models that no test downloads",
     "minutes": "takes longer than a test may",
     "waits": "goes on until it is interrupted; others start it",
@@ -112,6 +113,8 @@ def test_what_is_tested_elsewhere_is_there() -> None:
             assert called, where
             for names in called:
                 assert f"connito {' '.join(names)}" in there or f'"{names[-1]}"' in there, (where, names)
+            options = {word.partition("=")[0] for words in calls(text) for word in words if re.match("--[a-z]", word)}
+            assert {option for option in options if not re.search(rf"{option}\b", there)} == set(), where
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
