@@ -177,14 +177,14 @@ def test_the_delivery_report_measures_and_the_expert_loads(platform: Platform, r
     assert scored["interval"][0] <= scored["score"] - scored["base"] <= scored["interval"][1]
     assert "| quiz | acc |" in page
     # The platform scored the same, before anybody asked, and it is on the record that the library signed.
-    shown = platform.json("library", "show", report["expert"]["expert_id"], "--as", "customer")["record"]
+    shown = platform.json("library", "show", report["expert"]["expert_id"])["record"]
     on_record = {(row["name"], row["metric"]): row for row in shown["scores"]}
     assert on_record["exam", "loss"]["after"] == pytest.approx(measured["exam"]["after"], abs=1e-5)
     assert on_record["exam", "loss"]["change_high"] == pytest.approx(measured["exam"]["high"], abs=1e-4)
     quiz = on_record["quiz", "acc"]
     assert (quiz["before"], quiz["after"], quiz["items"]) == (scored["base"], scored["score"], 12)
     assert "unscored" not in shown
-    assert "quiz acc" in platform.connito("library", "list", "--as", "customer").stdout
+    assert "quiz acc" in platform.connito("library", "list").stdout
     loaded = connito.load_expert(load_full(out / "base"), out / "expert")
     assert loaded.changed
     verified = platform.json("library", "verify", str(out / "expert"), "--base", str(out / "base"))

@@ -19,11 +19,14 @@ SWEEP = """
 import contextlib, io, json, os, sys, traceback
 
 hidden = set(os.environ["HIDDEN"].split())
-class Hiding:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in hidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hiding())
+        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
 
 import typer
 import connito, connito.library
