@@ -43,11 +43,17 @@ class _Supervised:
     restarts: int = 0
     spare: bool = False
     aside: bool = False
+    started: float = 0.0
     process: Process | None = None
     deaths: list[float] = field(default_factory=list)
 
+    def is_aside(self, now: float) -> bool:
+        """Return whether it was set aside, and has not lived since for long enough to be one of those that live."""
+        return self.aside and (not self.pid or now - self.started < GIVE_UP_WITHIN)
+
     def died(self, code: int, now: float) -> float:
         """Return the seconds until the next start. Raises `Fatal` when there have been too many."""
+        self.aside = self.is_aside(now)
         self.deaths = [*(then for then in self.deaths if now - then < GIVE_UP_WITHIN), now]
         if len(self.deaths) >= (1 if self.aside else GIVE_UP_AFTER):
             raise Fatal(
@@ -66,6 +72,8 @@ class Supervisor:
         self._servers: list[Server] = []
         self._watchers: set[asyncio.Task[None]] = set()
         self._stopping = False
+        # The fewest of those that are spare with which the run goes on.
+        self.needed = 1
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -106,7 +114,7 @@ class Supervisor:
 
     async def _launch(self, kept: _Supervised, program: Program, launcher: Launcher) -> None:
         kept.process = await launcher.start(program)
-        kept.pid = kept.process.pid
+        kept.pid, kept.started = kept.process.pid, time.monotonic()
         self._write_pids()
 
     async def _watch_service(self, kept: _Supervised, program: Program, launcher: Launcher) -> None:
@@ -116,10 +124,12 @@ class Supervisor:
             try:
                 await self._rest(kept, code)
             except Fatal:
-                kept.aside = True
-                if not any(one.spare and not one.aside for one in self._kept.values()) or not kept.spare:
+                left = sum(
+                    one.spare and not one.is_aside(time.monotonic()) for one in self._kept.values() if one is not kept
+                )
+                if not left or not kept.spare:
                     raise
-                await self._set_aside(kept, code)
+                await self._set_aside(kept, code, left)
             self._again(kept, code)
             await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
 
@@ -182,12 +192,14 @@ class Supervisor:
                 told = True
                 await asyncio.sleep(_LOOK_EVERY)
 
-    async def _set_aside(self, kept: _Supervised, code: int) -> None:
-        kept.pid = 0
+    async def _set_aside(self, kept: _Supervised, code: int, left: int) -> None:
+        kept.pid, kept.aside = 0, True
         self._write_pids()
+        waits = f"the run waits for it, because it needs {self.needed} miners (windows.min_miners)"
+        others = "the others go on" if left >= self.needed else waits
         self._announce(
-            f"{kept.name} keeps ending ({describe_exit(code)}) and is set aside for {_ASIDE_SECONDS:.0f} s; the others go on, as "
-            f"far as the run's windows.min_miners lets them. Its log is {kept.log}"
+            f"{kept.name} keeps ending ({describe_exit(code)}) and is set aside for {_ASIDE_SECONDS:.0f} s; {others}. "
+            f"Its log is {kept.log}"
         )
         await asyncio.sleep(_ASIDE_SECONDS)
 

@@ -183,6 +183,7 @@ class _Up:
         uploading = partial(upload, installation, materials, chosen, run, display)
         spec = await patiently("putting the base into the store", uploading, display.say)
         self._lap("upload")
+        installation.supervisor.needed = spec.windows.min_miners
         await installation.start([*installation.validators(), *installation.miners()])
         if not self.resumed:
             # Noted first: what is created and not noted would be nobody's.

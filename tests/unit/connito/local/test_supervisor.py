@@ -139,7 +139,11 @@ async def test_one_of_several_that_cannot_live_is_set_aside_and_tried_again(
     for one in (good, bad):
         await supervisor.start(one, PlainLauncher(), spare=True)
     await until(lambda: len(said) >= 2)
+    supervisor.needed, several = 2, len(said)
+    await until(lambda: len(said) > several)
     assert said[0].startswith("bad keeps ending (exit code 9) and is set aside for")
+    assert "; the others go on." in said[0]
+    assert "; the run waits for it, because it needs 2 miners" in said[-1]
     assert str(bad.log) in said[0]
     assert listed[:2] == [{"good"}, {"good"}]
     assert not supervisor.failed.done()
@@ -151,6 +155,39 @@ async def test_one_of_several_that_cannot_live_is_set_aside_and_tried_again(
             await gone(data.read_pids()["good"]["pid"])
     with pytest.raises(Fatal, match="good ended 3 times"):
         await asyncio.wait_for(supervisor.failed, PATIENCE)
+    await supervisor.stop()
+
+
+async def test_one_that_was_set_aside_and_lives_again_is_one_of_those_that_live(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else the death of another one would end everything, and each of its own would cost a minute, for ever."""
+    for name, value in (("_FIRST_DELAY", 0.01), ("_ASIDE_SECONDS", 0.05), ("GIVE_UP_AFTER", 2)):
+        monkeypatch.setattr(supervising, name, value)
+    said, healed = list[str](), tmp_path / "healed"
+    source = f"import pathlib, sys\nif not pathlib.Path({str(healed)!r}).exists(): sys.exit(9)\n{ENDLESS}"
+
+    def announce(line: str) -> None:
+        if "is set aside" in line:
+            said.append(line)
+
+    supervisor = Supervisor(data, announce)
+    for one in (program("first", ENDLESS), program("second", source)):
+        await supervisor.start(one, PlainLauncher(), spare=True)
+    await until(lambda: len(said) >= 1)
+    healed.touch()
+    await until(lambda: "second" in data.read_pids() and is_running(data.read_pids()["second"]["pid"]))
+    # From now on it has lived for long enough.
+    monkeypatch.setattr(supervising, "GIVE_UP_WITHIN", 0.0)
+    second, before = data.read_pids()["second"]["pid"], len(said)
+    os.kill(second, signal.SIGKILL)
+    await until(lambda: data.read_pids().get("second", {}).get("pid") not in (None, second))
+    assert len(said) == before, "it died once, and is started again at once"
+    monkeypatch.setattr(supervising, "GIVE_UP_AFTER", 1)
+    os.kill(data.read_pids()["first"]["pid"], signal.SIGKILL)
+    await until(lambda: len(said) > before or supervisor.failed.done())
+    assert not supervisor.failed.done()
+    assert said[-1].startswith("first keeps ending")
     await supervisor.stop()
 
 
