@@ -6,9 +6,10 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def source_digest(*modules: str) -> str:
 
 
 @contextmanager
-def fresh_folder(target: Path) -> Iterator[Path | None]:
-    """Yield a folder that becomes `target` when the block ends without an error; None when `target` exists.
+def fresh_folder(target: Path, is_sound: Callable[[], bool] = lambda: True) -> Iterator[Path | None]:
+    """Yield a folder that becomes `target` when the block ends without an error; None when `target` exists and is sound.
 
     One process at a time; others wait. A process that is killed leaves a draft that the next one removes.
     """
@@ -94,8 +95,10 @@ def fresh_folder(target: Path) -> Iterator[Path | None]:
     with target.with_name(f"{target.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
-            yield None
-            return
+            if is_sound():
+                yield None
+                return
+            shutil.rmtree(target)  # What links to its files verifies them itself.
         draft = target.with_name(f"{target.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
@@ -127,9 +130,7 @@ def build_cached(name: str, progress: Progress) -> Path:
     from connito.base.description import build_manifest
 
     target = cached_base(name)
-    if target.is_dir() and not is_whole(name):
-        shutil.rmtree(target)  # What links to its files verifies them itself.
-    with fresh_folder(target) as draft:
+    with fresh_folder(target, partial(is_whole, name)) as draft:
         if draft is not None:
             _build(Recipe(name), draft / "model", progress)
             (draft / _MANIFEST).write_bytes(build_manifest(draft / "model", name, progress).to_bytes())

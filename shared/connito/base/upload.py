@@ -37,7 +37,7 @@ async def upload_base(
             if (put.digest, put.size) != (entry.digest, entry.size):
                 raise Invalid(
                     f"{folder / entry.name} is not the file that the base was described by: it was changed since, or its disk "
-                    "returns other bytes; copy it again, and begin anew"
+                    "returns other bytes; copy it again, or remove the folder of one that connito built, and begin anew"
                 )
         done += entry.size
     if progress is not None:

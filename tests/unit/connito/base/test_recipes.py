@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any, cast
 
 import pytest
-from connito.base.recipes import build_cached, cached_manifest, is_whole
+from connito.base import description, recipes
+from connito.base.recipes import Recipe, build_cached, cached_manifest, is_whole
 from connito.base.upload import upload_base
+from connito.data.manifest import FileEntry, Manifest
 from connito.errors import Invalid
 from connito.store import ArtifactStore, ref_of_bytes
+from connito.store.cache import digest_of_file
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 
 
@@ -47,3 +53,34 @@ async def test_a_damaged_base_is_built_anew_and_never_handed_in(
         build_cached("tiny", silent)
         assert is_whole("tiny")
         assert cached_manifest("tiny") == manifest, "as it was"
+
+
+def test_two_that_find_a_base_damaged_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has looked before either builds: the second neither removes what the first has built nor stumbles over it."""
+    monkeypatch.setenv("CONNITO_CACHE_DIR", str(tmp_path))
+    both, built, inner = Barrier(2), list[Path](), recipes.is_whole
+
+    def build(recipe: Recipe, out: Path, progress: object) -> None:
+        out.mkdir()
+        (out / "weights").write_bytes(b"whole")
+        built.append(out)
+
+    def described(folder: Path, *_: object) -> Manifest:
+        digest, size = digest_of_file(folder / "weights")
+        return Manifest({"weights": FileEntry("weights", digest, size, "")}, {}, "tiny")
+
+    def looked(name: str) -> bool:
+        found = inner(name)
+        with suppress(BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(recipes, "_build", build)
+    monkeypatch.setattr(description, "build_manifest", described)
+    target = build_cached("tiny", silent)
+    flip(target / "model" / "weights")
+    monkeypatch.setattr(recipes, "is_whole", looked)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: build_cached("tiny", silent), range(2))) == [target, target]
+    assert len(built) == 2, "once at first, once anew"
+    assert inner("tiny")
