@@ -95,6 +95,16 @@ def test_files_with_such_names_are_found_where_the_locale_is_another(tmp_path: P
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("options", [["-X", "utf8=0"], ["-I", "-X", "utf8=0"]])
+def test_where_python_is_told_not_to_use_utf_8_a_command_begins_once_more_and_no_more(options: list[str]) -> None:
+    program = [sys.executable, *options, "-c", "from connito.cli import main; main()", "up", "--help"]
+    env = {**os.environ, "LC_ALL": "C"} | {"PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(program, env=env, capture_output=True, check=False, timeout=60)
+
+    assert done.returncode == 0
+    assert b"Usage: " in done.stdout
+
+
 def test_a_platform_s_folder_without_a_name_in_utf_8_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -30,5 +30,7 @@ def _with_utf8() -> None:
 
     if locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") == "utf8":
         return
+    if os.environ.get("PYTHONUTF8") == "1":
+        return  # Options of the interpreter say otherwise: what was started again would start again for ever.
     os.environ.update(PYTHONUTF8="1", PYTHONIOENCODING=f"{sys.stdout.encoding}:backslashreplace")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program
