@@ -17,6 +17,15 @@ privileged: false
 capabilities: { drop: [ALL] }
 {{- end -}}
 
+{{/* The bucket. Charts before called it `connito` in every release: an upgrade takes no other one by itself. */}}
+{{- define "connito.bucket" -}}
+{{- $own := include "connito.fullname" . -}}
+{{- if and .Release.IsUpgrade (not .Values.store.bucket) (ne $own "connito") -}}
+{{- fail (printf "store.bucket is not set: write the bucket that this release has its objects in, %s if it was installed by this version of the chart, connito if by one of before" $own) -}}
+{{- end -}}
+{{- .Values.store.bucket | default $own -}}
+{{- end -}}
+
 {{/* Bus, identity and roster: what every container needs. (dict "root" $ ) */}}
 {{- define "connito.commonEnv" -}}
 # An older image passes over what this chart sets and it does not know.
@@ -54,7 +63,7 @@ capabilities: { drop: [ALL] }
 {{- with .Values.store.publicEndpoint }}
 - { name: CONNITO_S3_PUBLIC_ENDPOINT, value: {{ . | quote }} }
 {{- end }}
-- { name: CONNITO_S3_BUCKET, value: {{ .Values.store.bucket | default (include "connito.fullname" .) | quote }} }
+- { name: CONNITO_S3_BUCKET, value: {{ include "connito.bucket" . | quote }} }
 - { name: CONNITO_S3_REGION, value: {{ .Values.store.region | quote }} }
 {{- if ne .Values.store.auth "keys" }}
 - { name: CONNITO_S3_CREDENTIALS, value: {{ .Values.store.auth }} }

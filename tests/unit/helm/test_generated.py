@@ -60,6 +60,22 @@ def test_two_releases_that_say_nothing_of_a_bucket_have_two() -> None:
     assert (buckets("connito"), buckets("two")) == ({"connito"}, {"two-connito"})
 
 
+def test_an_upgrade_takes_no_other_bucket_than_the_one_that_a_release_has() -> None:
+    """Charts before called it `connito` in every release: the objects of runs under way would seem to be lost."""
+    values = values_of("platform")
+
+    def buckets(release: str, named: str) -> set[object]:
+        values["store"]["bucket"] = named
+        objects = render(values, name=release, is_upgrade=True, is_install=False)
+        variables = (environment(spec["containers"][0]) for spec in pod_specs(objects).values())
+        return {found["CONNITO_S3_BUCKET"] for found in variables if "CONNITO_S3_BUCKET" in found}
+
+    assert buckets("connito", "") == {"connito"}
+    assert buckets("two", "connito") == {"connito"}
+    with pytest.raises(HelmError, match=r"store\.bucket is not set: .*two-connito .*connito if by one of before"):
+        buckets("two", "")
+
+
 def test_every_value_of_the_schema_is_varied() -> None:
     chance = random.Random(0)
     assert len([value(path, part, chance) for path, part in LEAVES]) > 400
