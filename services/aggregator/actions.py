@@ -11,7 +11,7 @@ from pathlib import Path
 from connito.base.loading import load_tokenizer
 from connito.bus import Bus, offences
 from connito.errors import VerificationFailed
-from connito.library.deposit_plan import Deposit, plan
+from connito.library.deposit_plan import Deposit, lacks_scores, plan
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.provenance import check_settled, check_start
@@ -131,7 +131,7 @@ class Aggregator:
         async with self._budget.slot("gate"):
             work = partial(_score, evaluator, base.files, spec, files, due.state.digest, state)
             scores = await asyncio.to_thread(work)
-        if self._leading():
+        if self._leading() and lacks_scores(self._facts(run)):
             await self._bus.publish_fact(run, "library", 0, "benchmarked", scores)
             self.forget(run)
 

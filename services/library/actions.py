@@ -19,7 +19,7 @@ from connito.library.card import render
 from connito.library.deposit_plan import STREAMS, Deposit, lacks_scores, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.schema import ExpertRecord
-from connito.library.scores import unscored_for
+from connito.library.scores import SCORING_SECONDS, benchmark_key, unscored_for
 from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
@@ -29,6 +29,7 @@ from connito.service.pausing import MAX_DETAIL
 from connito.store import ArtifactStore
 from connito.v1 import run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.reasons_pb2 import REASON_FAULT
 from connito.wire import subjects
 from connito.wire.bounds import cut
 from connito.wire.fact import Fact, Record
@@ -70,29 +71,42 @@ class Depositor:
         facts = await self._read_run(fact.run)
         if facts.spec is not None:
             check_version(facts.spec)
+        if lacks_scores(facts) and not unscored_for(facts):
+            facts = await self._scored_or_late(facts, fact)
         decision = plan(facts)
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)
             return
-        if lacks_scores(facts) and not unscored_for(facts):
-            raise Retry(f"run {fact.run} is not scored on its benchmarks yet", after=2.0, dependency="aggregator")
         message = await self._deposit(facts, decision)
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
 
+    async def _scored_or_late(self, facts: RunFacts, ended: Fact) -> RunFacts:
+        """Raise `Retry` while scores may come. Once they are late, say so in the log, which the record follows, and return what
+        it says by then.
+        """
+        run = facts.run
+        if await self._bus.time() < ended.time_unix_ms / 1000 + SCORING_SECONDS:
+            raise Retry(f"run {run} is not scored on its benchmarks yet", after=2.0, dependency="aggregator")
+        late = Invalid(f"no aggregator scored it within {SCORING_SECONDS / 3600:g} hours", reason=REASON_FAULT)
+        await self._say(run, benchmark_key(run), late)
+        return await self._read_run(run)
+
     async def tell(self, record: Record, error: Invalid) -> None:
         """Say in the log that the deposit of a run is put aside, and why."""
-        fact = verify_fact(record, self._roster)
+        await self._say(verify_fact(record, self._roster).run, "deposit", error)
+
+    async def _say(self, run: str, action: str, error: Invalid) -> None:
         notice = run_pb2.RunPaused(
-            run=fact.run,
+            run=run,
             key=self._bus.identity.public,
             service="library",
-            action="deposit",
+            action=action,
             reason=error.reason,
             detail=cut(str(error), MAX_DETAIL),
         )
-        await self._bus.publish_fact(fact.run, "run", 0, "paused", notice, notice.key)
+        await self._bus.publish_fact(run, "run", 0, "paused", notice, notice.key)
 
     async def _read_run(self, run: str) -> RunFacts:
         """Return all facts of a run. `run.0.ended` is written last, so what is stored now is everything."""

@@ -6,6 +6,7 @@ These need no model. What does (`remeasure`) is beside it; either is compared wi
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -385,8 +386,10 @@ def _attest(work: Recomputation, cycle: int, state: Path) -> bytes:
 def without_deposits(facts: RunFacts) -> RunFacts:
     """Return the run as it was before its expert was deposited."""
     earlier = RunFacts(facts.run)
+    first = min((fact.time_unix_ms for fact in facts.deposits.values()), default=math.inf)
     for fact in facts.facts.values():
-        # What the run's benchmarks came to is on the record, and known before it.
-        if fact.key.section != "library" or fact.key.kind == "benchmarked":
+        # What the run's benchmarks came to, or why to nothing, is on the record as far as it was known before.
+        late = fact.key.kind in ("benchmarked", "paused") and fact.time_unix_ms > first
+        if not late and (fact.key.section != "library" or fact.key.kind == "benchmarked"):
             earlier.add(fact)
     return earlier

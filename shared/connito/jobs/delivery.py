@@ -21,6 +21,7 @@ from connito.jobs.context import JobContext
 from connito.library.deposit_plan import Deposit as Due
 from connito.library.deposit_plan import lacks_scores, plan
 from connito.library.schema import ExpertRecord, read_record
+from connito.library.scores import SCORING_SECONDS
 from connito.protocol.holdout import subsets
 from connito.protocol.scoring.proof_of_loss import paired
 from connito.protocol.sequences import sequences
@@ -111,9 +112,11 @@ async def _read(session: Session, run: str) -> tuple[RunFacts, Record | None]:
             facts = (await read_log(bus, session.roster, run)).runs.get(run, RunFacts(run))
             if session.resting or facts.paused or not isinstance(plan(facts), Due):
                 break
-            if time.monotonic() > give_up and not lacks_scores(facts):
+            # The library waits for scores, and not for ever.
+            lacking = lacks_scores(facts)
+            if time.monotonic() > give_up + (SCORING_SECONDS if lacking else 0.0):
                 raise Retry(f"run {run} has ended, and the library has not deposited its expert yet; ask again later")
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(5 * POLL_SECONDS if lacking else POLL_SECONDS)
         deposits = list(facts.deposits)
         subject = fact_subject(run, "library", 0, "deposited", deposits[0]) if deposits else ""
         return facts, await bus.last_record(subject) if deposits else None

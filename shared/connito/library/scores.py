@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from connito.library.schema import ExpertRecord, Score
-from connito.v1.run_pb2 import BenchmarkScore, RunPaused
+from connito.v1.run_pb2 import BenchmarkScore, BenchmarksMeasured, RunPaused
+from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+
+# So long after a run's end its expert is deposited without scores.
+SCORING_SECONDS = 2 * 3600.0
 
 
 def benchmark_key(run: str) -> str:
@@ -17,19 +21,28 @@ def benchmark_key(run: str) -> str:
 
 def unscored_for(facts: RunFacts) -> str:
     """Return why nobody will score a run; empty where nobody has said so."""
+    notice = _notice(facts)
+    return "" if notice is None else notice.message.detail
+
+
+def _notice(facts: RunFacts) -> Fact[RunPaused] | None:
     notices = facts.many(RunPaused, "run", 0, "paused").values()
-    return next((fact.message.detail for fact in notices if fact.message.action == benchmark_key(facts.run)), "")
+    found = [fact for fact in notices if fact.message.action == benchmark_key(facts.run)]
+    return min(found, key=lambda fact: fact.time_unix_ms, default=None)
 
 
 def scored(facts: RunFacts) -> ExpertRecord:
-    """Return the part of a record on benchmarks and tasks; empty for a run without any."""
-    spec, measured = facts.require_spec(), facts.benchmarked
-    if measured is not None:
-        missing = {entry.name: entry.why for entry in measured.unscored}
-        found = {"scores": as_rows(measured.scores), **({"unscored": missing} if missing else {})}
+    """Return the part of a record on benchmarks and tasks; empty for a run without any. What was written first holds: scores, or
+    that there will be none.
+    """
+    spec, notice = facts.require_spec(), _notice(facts)
+    measured = facts.one(BenchmarksMeasured, "library", 0, "benchmarked")
+    if measured is not None and (notice is None or measured.time_unix_ms <= notice.time_unix_ms):
+        missing = {entry.name: entry.why for entry in measured.message.unscored}
+        found = {"scores": as_rows(measured.message.scores), **({"unscored": missing} if missing else {})}
         return cast("ExpertRecord", found)
-    why = unscored_for(facts)
-    missing = {corpus.domain: why for corpus in (*spec.benchmarks, *spec.tasks)} if why else {}
+    named = (*spec.benchmarks, *spec.tasks) if notice is not None else ()
+    missing = {corpus.domain: unscored_for(facts) for corpus in named}
     return cast("ExpertRecord", {"unscored": missing} if missing else {})
 
 

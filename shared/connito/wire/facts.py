@@ -78,7 +78,7 @@ class RunFacts(FactSet):
         """
         found = [fact.message for fact in self.many(run_pb2.RunPaused, "run", 0, "paused").values()]
         if self.ended is not None:
-            return [message for message in found if message.service == "library" and not self.deposits]
+            return [message for message in found if message.action == "deposit" and not self.deposits]
         return [message for message in found if message.in_cycle == self.cycle]
 
     @property

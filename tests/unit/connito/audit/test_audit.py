@@ -387,6 +387,19 @@ def _repeat(world: World, message: r.ExpertDeposited, **changes: object) -> None
     message.record.CopyFrom(world.upload(json.dumps(record).encode()))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_scores_are_on_the_record_where_they_were_written_before_it(tmp_path: Path, when: str) -> None:
+    """What came late, of a service that began before another gave it up, makes no other record of it."""
+    for name in ("told", "looked"):
+        (tmp_path / name).mkdir()
+    world = tell(tmp_path / "told", scored=when)
+    found = await look(world, tmp_path / "looked")
+    assert found.differences == []
+    (deposited,) = [fact.message for fact in world.facts.deposits.values()]
+    record = json.loads(world.objects[deposited.record.digest])
+    assert [row["name"] for row in record.get("scores", [])] == (["exam"] if when == "before" else [])
+
+
 async def test_what_is_said_of_an_expert_later_makes_no_other_run_of_it(world: World) -> None:
     before = chain.windows_of(world.records)
     world.say("library", 0, "used", id="a", expert_id="x", verb="export", units=1)

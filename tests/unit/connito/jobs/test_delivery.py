@@ -21,7 +21,9 @@ class Ended:
         self, monkeypatch: pytest.MonkeyPatch, *due: bool, resting: bool = False, paused: bool = False
     ) -> None:
         self.resting, self.roster, self.looks = resting, None, 0
-        self._facts: Any = SimpleNamespace(deposits={}, paused=[object()] if paused else [])
+        self._facts: Any = SimpleNamespace(
+            deposits={}, spec=None, benchmarked=None, paused=[object()] if paused else []
+        )
         waiting = [*due]
 
         async def read_log(*_: object) -> Any:
@@ -61,5 +63,14 @@ async def test_not_where_nobody_deposits(monkeypatch: pytest.MonkeyPatch, why: s
 
 async def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "DEPOSIT_SECONDS", -1.0)
+    with pytest.raises(Retry, match="has not deposited its expert yet"):
+        await Ended(monkeypatch, True).read()
+
+
+async def test_scores_are_waited_for_longer_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "DEPOSIT_SECONDS", -1.0)
+    monkeypatch.setattr(delivery, "lacks_scores", lambda _: True)
+    await Ended(monkeypatch, True, True, False).read()
+    monkeypatch.setattr(delivery, "SCORING_SECONDS", 0.0)
     with pytest.raises(Retry, match="has not deposited its expert yet"):
         await Ended(monkeypatch, True).read()

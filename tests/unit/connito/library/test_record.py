@@ -131,3 +131,20 @@ def test_a_record_says_that_nobody_could_score(pairs: Pairs, rebuild: Rebuild) -
     record = build_record(rebuild([*pairs, (FactKey("run", 0, "paused", "UG"), notice)]), "e" * 64, 1, 1)
 
     assert record["unscored"] == {"quiz": "no room"}
+
+
+def test_the_first_word_on_scores_holds(pairs: Pairs, rebuild: Rebuild) -> None:
+    """Library and auditor read it off the log, and agree, whichever of two services was slow."""
+    (_, created) = pairs[0]
+    assert isinstance(created, run_pb2.RunCreated)
+    created.spec.tasks.add(domain="quiz")
+    notice = run_pb2.RunPaused(run="run-1", key="UL", service="library", action="run-1/benchmark", detail="late")
+    scores = [run_pb2.BenchmarkScore(name="quiz", metric="acc", items=20, before=0.25, after=0.5)]
+    said: Pairs = [
+        (FactKey("run", 0, "paused", "UL"), notice),
+        (FactKey("library", 0, "benchmarked"), run_pb2.BenchmarksMeasured(run="run-1", scores=scores)),
+    ]
+    late = build_record(rebuild([*pairs, *said]), "e" * 64, 1, 1)
+    assert (late.get("scores"), late["unscored"]) == (None, {"quiz": "late"})
+    early = build_record(rebuild([*pairs, *reversed(said)]), "e" * 64, 1, 1)
+    assert (len(early["scores"]), early.get("unscored")) == (1, None)

@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import pytest
 from connito.bus import Bus
-from connito.errors import Invalid
+from connito.errors import Invalid, Retry
+from connito.library.record import build_record
+from connito.library.scores import SCORING_SECONDS, benchmark_key
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.store import ArtifactStore
-from connito.v1 import run_pb2
+from connito.v1 import cycle_pb2, run_pb2
 from connito.wire import subjects
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
@@ -18,6 +20,7 @@ from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 from services.library.actions import Depositor
+from tests.support.run import Run
 
 LIBRARY = Identity.generate(b"library".ljust(32))
 COORDINATOR = Identity.generate(b"coordinator".ljust(32))
@@ -31,8 +34,8 @@ def record(sequence: int, kind: str, message: run_pb2.RunCreated | run_pb2.RunEn
 class Stored:
     """A broker that holds these records."""
 
-    def __init__(self, *records: Record) -> None:
-        self.records, self.identity = records, LIBRARY
+    def __init__(self, *records: Record, now: float = 0.0) -> None:
+        self.records, self.identity, self.now = records, LIBRARY, now
         self.written: list[tuple[str, str, run_pb2.RunPaused]] = []
 
     async def publish_fact(
@@ -41,6 +44,10 @@ class Stored:
         assert (section, cycle, id_) == ("run", 0, LIBRARY.public)
         self.written.append((run, kind, message))
         return True
+
+    async def time(self) -> float:
+        """The broker's clock."""
+        return self.now
 
     async def stored(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
         for each in self.records:
@@ -58,3 +65,69 @@ async def test_a_run_under_newer_rules_is_left_to_newer_programs() -> None:
     ((run, kind, notice),) = bus.written
     assert (run, kind, notice.service, notice.action) == ("r", "paused", "library", "deposit")
     assert "upgrade" in notice.detail
+
+
+class Given(Depositor):
+    """A depositor whose broker has these facts, and that deposits by keeping the record's part on scores."""
+
+    def __init__(self, bus: Stored, run: Run) -> None:
+        super().__init__(cast(Bus, bus), cast(ArtifactStore, None), Roster({}), cast(Any, None))
+        self.run, self.stored, self.made = run, bus, list[Any]()
+
+    async def _read_run(self, run: str) -> Any:
+        for _, _, message in self.stored.written:
+            self.run.put("run", 0, "paused", message, message.key)
+        self.stored.written.clear()
+        return self.run.facts
+
+    async def _deposit(self, facts: Any, decision: Any) -> Any:
+        self.made.append(build_record(facts, "e" * 64, 1, 1).get("unscored", {}))
+        raise Invalid("enough")
+
+    async def tell(self, record: Record, error: Invalid) -> None:
+        """Say nothing."""
+
+
+def finished() -> Run:
+    run = Run(name="r", step_ms=1).created(cycles=1).selected().miners("UA").opened("train", 1)
+    run.facts.require_spec().tasks.add(domain="quiz")
+    version = cycle_pb2.VersionPublished(run="r", cycle=1, version=1, gate=cycle_pb2.GATE_DECISION_ACCEPTED)
+    return run.put("merge", 1, "version", version).ended()
+
+
+async def test_scores_that_nobody_writes_are_waited_for_until_they_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An aggregator of before, or one whose scoring was set aside unheard, must not keep an expert from the library."""
+    run = finished()
+    ended = run.facts.ended_fact
+    assert ended is not None
+    monkeypatch.setattr("services.library.actions.verify_fact", lambda *_: ended)
+    bus = Stored(now=ended.time_unix_ms / 1000 + SCORING_SECONDS - 1)
+    library = Given(bus, run)
+    with pytest.raises(Retry, match="not scored on its benchmarks yet"):
+        await library.handle(cast(Any, None))
+    assert not library.made
+    bus.now += 1
+    with pytest.raises(Invalid, match="enough"):
+        await library.handle(cast(Any, None))
+    assert library.made == [{"quiz": "no aggregator scored it within 2 hours"}]
+    (notice,) = [fact.message for fact in run.facts.many(run_pb2.RunPaused, "run", 0, "paused").values()]
+    assert (notice.service, notice.action) == ("library", benchmark_key("r"))
+    assert run.facts.paused == [], "whoever waits for the expert must not take this for the end of it"
+
+
+async def test_an_older_notice_of_the_library_keeps_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished()
+    ended = run.facts.ended_fact
+    assert ended is not None
+    monkeypatch.setattr("services.library.actions.verify_fact", lambda *_: ended)
+    run.say("run", 0, "paused", key=LIBRARY.public, service="library", action="deposit", detail="upgrade it")
+    bus = Stored(now=ended.time_unix_ms / 1000 + SCORING_SECONDS)
+
+    async def known(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(bus, "publish_fact", known)
+    library = Given(bus, run)
+    with pytest.raises(Invalid, match="enough"):
+        await library.handle(cast(Any, None))
+    assert library.made == [{}]
