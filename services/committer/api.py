@@ -91,12 +91,11 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         """Let a customer upload what a run of its own may name. The address is good for these bytes alone, whoever asks."""
         realms = (REALM_PUBLIC, REALM_HOLDOUT, REALM_PRIVATE)
         allowed = command.artifact.realm in realms and 0 < command.artifact.size <= MAX_OBJECT
-        if command.artifact.realm == REALM_PRIVATE:
-            allowed = (
-                allowed and is_digest(command.sent) and await self._store.owner(command.artifact.secret) == customer
-            )
         roster = self._state.roster
-        if not (allowed and roster.permits("customer", customer) and not roster.only_reads(customer)):
+        allowed = allowed and roster.permits("customer", customer) and not roster.only_reads(customer)
+        if allowed and command.artifact.realm == REALM_PRIVATE:
+            allowed = is_digest(command.sent) and await self._store.is_owner(command.artifact.secret, customer)
+        if not allowed:
             raise Invalid(
                 "an upload that belongs to no run is a customer's, of text or a base",
                 reason=reasons_pb2.REASON_NOT_PERMITTED,

@@ -49,7 +49,7 @@ class Joining:
             raise Invalid(
                 f"a deposit has at most {MAX_FILES} files, all in one place, and none that is held out or a miner's"
             )
-        if place.secret and await self._store.owner(place.secret) != viewer.name:
+        if place.secret and not await self._store.is_owner(place.secret, viewer.name):
             raise _refused("it is encrypted under another's secret")
         record = await self._record(command.record)
         known = self._catalogue.facts.get(record["expert_id"])

@@ -24,6 +24,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.services_pb2_grpc import SubmissionServiceStub
 from connito.views.sentences import detail_of
+from connito.wire import private
 from connito.wire.envelope import open_bytes, seal
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -530,6 +531,13 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
     for stranger in ("validator", "nobody"):
         with pytest.raises(Invalid, match="is a customer's"):
             await store_of(stranger).put_file(text, "text/plain", REALM_HOLDOUT)
+    # A secret that nobody has stored is nobody's, and one that is no sealed file either.
+    for made_up in ("d" * 64, (await mine.put_file(text, "text/plain", REALM_PUBLIC)).digest):
+        mine._secrets[made_up] = bytes(32)
+        with pytest.raises(Invalid):
+            await mine.put_file(text, "text/plain", private.at(made_up))
+    place = private.at((await mine.secret("mine")).digest)
+    assert (await mine.put_file(text, "text/plain", place)).secret == place.secret
     spec = run_pb2.RunSpec(run="mine", customer=identities["customer"].public, visibility="private")
     spec.holdout.artifact.CopyFrom(ref)
     await stage.coordinator.publish_fact("mine", "run", 0, "created", run_pb2.RunCreated(spec=spec))

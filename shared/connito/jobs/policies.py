@@ -116,6 +116,8 @@ def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
     asked.CopyFrom(spec)
     asked.run = spec.run or _UNNAMED
     asked.base.CopyFrom(BaseRef(name=context.name, manifest=_stand_in(REALM_PUBLIC)))
+    if spec.visibility not in ("", "public"):
+        asked.secret.CopyFrom(_stand_in(REALM_PUBLIC))
     asked.probe.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
     asked.train.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
     asked.holdout.CopyFrom(_corpus(job.domain, REALM_HOLDOUT))

@@ -224,6 +224,12 @@ class ArtifactStore:
         """Return whose the secret is that private artifacts are encrypted under. Raises `NoKey` for who may not open it."""
         return await self._call("get", secret, lambda: self._keys.owner(secret, self._sealed))
 
+    async def is_owner(self, secret: str, customer: str) -> bool:
+        """Return whether a secret is a customer's, who has stored it: what somebody made up is nobody's. Raises as `owner`."""
+        with suppress(ObjectMissing, ObjectDamaged):
+            return await self.owner(secret) == customer
+        return False
+
     async def boxed_key(self, ref: ArtifactRef, reader: str) -> bytes:
         """Return the key of a private artifact in a box for `reader`."""
         key = await self._call("get", ref.secret, lambda: self._keys.key(ref, self._sealed))

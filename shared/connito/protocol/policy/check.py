@@ -185,9 +185,13 @@ def _artifacts(spec: RunSpec) -> Iterator[Fault]:
         yield from _corpus(f"beside[{index}]", corpus, *text, REALM_HOLDOUT)
     if spec.secret.digest:
         yield from _ref("secret", spec.secret, REALM_PUBLIC)
+    elif spec.visibility not in ("", "public"):
+        remedy = "submit with a client of this version, which uploads one"
+        yield Fault("secret", "is empty, so what the run makes would lie open in the store", remedy)
+    corpora = (spec.train, spec.probe, spec.replay, *spec.beside)
     if any(
-        ref.secret not in ("", spec.secret.digest)
-        for ref in (spec.train.artifact, spec.probe.artifact, spec.replay.artifact)
+        ref.secret != (spec.secret.digest if ref.realm == REALM_PRIVATE else "")
+        for ref in (corpus.artifact for corpus in corpora)
     ):
         yield Fault("secret", "is not the one that a corpus is encrypted under", "give one secret for all of a run")
     if _twice([spec.domain, *(corpus.domain for corpus in spec.beside)]):

@@ -10,7 +10,7 @@ from connito.protocol.policy.check import complete
 from connito.protocol.policy.choices import AGGREGATORS, METHODS
 from connito.protocol.policy.law import DEFAULTS
 from connito.v1 import reasons_pb2
-from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef, Realm
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef, Realm
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec, TrainPolicy, WindowPolicy
 
 CUSTOMER = "U" + "A" * 55
@@ -99,6 +99,16 @@ def set_(path: str, value: object) -> Callable[[RunSpec], None]:
     return change
 
 
+def private(of: Callable[[RunSpec], ArtifactRef]) -> Callable[[RunSpec], None]:
+    """Name a corpus that is encrypted under another secret than the run's."""
+
+    def change(spec: RunSpec) -> None:
+        spec.secret.CopyFrom(ArtifactRef(digest="e" * 64, size=300, realm=REALM_PUBLIC))
+        of(spec).MergeFrom(ArtifactRef(realm=REALM_PRIVATE, secret="d" * 64))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -146,6 +156,10 @@ def set_(path: str, value: object) -> Callable[[RunSpec], None]:
         (set_("visibility", "secret"), "visibility.*organisation, private"),
         (set_("visibility", "organisation"), "organisation is empty"),
         (lambda spec: spec.data_sources.append(""), "data_sources"),
+        (set_("visibility", "private"), "secret is empty, so what the run makes would lie open"),
+        (set_("train.artifact.secret", "d" * 64), "secret is not the one that a corpus"),
+        (private(lambda spec: spec.train.artifact), "secret is not the one that a corpus"),
+        (private(lambda spec: spec.beside.add().artifact), "secret is not the one that a corpus"),
     ],
 )
 def test_what_cannot_work_is_refused_with_field_and_remedy(change: Callable[[RunSpec], object], says: str) -> None:
