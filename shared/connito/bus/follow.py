@@ -170,7 +170,8 @@ class _Reader:
         patience: float,
         news: _News,
     ) -> None:
-        self.patience, self.answered_at, self.news = patience, time.monotonic(), news
+        self.now = asyncio.get_running_loop().time
+        self.patience, self.answered_at, self.news = patience, self.now(), news
         # Strangers are many, and theirs is a mirror that stands behind.
         self.quiet = math.inf if connection.stranger else QUIET_SECONDS
         self.looked_behind = -math.inf
@@ -194,7 +195,7 @@ class _Reader:
                     await self._read()
                 except Retry as error:
                     log.warning("cannot read a stream, trying again", stream=self.stream, error=str(error))
-                    if time.monotonic() - self.answered_at > self.patience:
+                    if self.now() - self.answered_at > self.patience:
                         raise
                     WAITING.begin(self.what, error, "", error.after)
                     await asyncio.sleep(error.after)
@@ -227,7 +228,7 @@ class _Reader:
                 while await self._ask(inbox):
                     pass
                 self.gained += (min(self.taken - before, 10 * MANY) - self.gained) / 10
-                self.answered_at = time.monotonic()
+                self.answered_at = self.now()
                 WAITING.end(self.what)
                 if not self.live:
                     self.live = True
@@ -247,20 +248,20 @@ class _Reader:
     async def _on_hint(self, msg: Any) -> None:
         with suppress(ValueError):
             self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
-        self.news.at = time.monotonic()
+        self.news.at = self.now()
         self.hint.set()
 
     async def _pace(self) -> bool:
         """Wait a moment where one look has followed the other for long; return whether hints would tell nothing: a flood is
         read by the batch.
         """
-        now = time.monotonic()
+        now = self.now()
         self.free = min(FREE_LOOKS, self.free + (now - self.looked_at) * LOOKS_PER_SECOND) - 1
         flooded = self.free < 0
         if flooded:
             self.free = 0.0
             await asyncio.sleep(1 / LOOKS_PER_SECOND)
-        self.looked_at = time.monotonic()
+        self.looked_at = self.now()
         return flooded and self.gained >= MANY
 
     async def _rest(self, delay: float) -> float:
@@ -268,12 +269,12 @@ class _Reader:
         missing = self.hinted >= self.next_sequence
         if not missing or delay > LATE:
             self.hinted, missing, delay = 0, False, SOON
-        began = now = time.monotonic()
+        began = now = self.now()
         while not self.hint.is_set() and now < began + (delay if missing else LOOK_SECONDS):
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(began + (delay if missing else LOOK_SECONDS) - now, self.quiet)):
                     await self.hint.wait()
-            now = time.monotonic()
+            now = self.now()
             if self.news.at > self.looked_behind and now >= began + self.quiet:
                 # What came less than this ago may have something behind it yet.
                 self.looked_behind = now - self.quiet
@@ -330,9 +331,9 @@ class _Reader:
             )
         await self.queue.put(record)
         self.taken += 1
-        self.answered_at = time.monotonic()
+        self.answered_at = self.now()
         self.next_sequence = record.sequence + 1
         metrics.EVENTS_RECEIVED.labels(self.stream).inc()
         if self.live:
-            self.news.at = time.monotonic()
+            self.news.at = self.now()
             metrics.EVENT_LAG_SECONDS.labels(self.stream).set(max(0.0, time.time() - record.time_unix_ms / 1000))
