@@ -62,7 +62,9 @@ def __getattr__(name: str) -> Any:
         home = importlib.import_module(f"connito.curation.{_HOMES[name]}")
     found = getattr(home, "list_" if name == "list" else name)
     # What it imports when it is called may be missing, too.
-    return extras_named()(found) if inspect.isfunction(found) else found
+    offered = extras_named()(found) if inspect.isfunction(found) else found
+    globals()[name] = offered
+    return offered
 
 
 def __dir__() -> list[str]:

@@ -36,6 +36,7 @@ class Ended:
 
         monkeypatch.setattr(log, "read_log", read_log)
         monkeypatch.setattr(delivery, "plan", plan)
+        monkeypatch.setattr(delivery, "lacks_scores", lambda _: False)
         monkeypatch.setattr(delivery, "POLL_SECONDS", 0.0)
 
     @asynccontextmanager
