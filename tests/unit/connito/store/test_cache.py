@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from connito.errors import Invalid
 from connito.store import ref_of_bytes
 from connito.store.cache import Cache
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+
+from tests.support.waiting import wait_until
 
 DATA = bytes(range(256)) * 40
 REF = ref_of_bytes(DATA, "text/plain", REALM_PUBLIC)
@@ -105,6 +108,49 @@ def test_many_at_once_fetch_once_and_leave_no_lock(cache: Cache) -> None:
         answers = list(pool.map(ask, range(8)))
     assert (answers.count(True), most, fetched) == (5, 1, 4)
     assert sorted(left.suffix for left in cache.path(REF).parent.iterdir()) == ["", ".ok"]
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(
+    cache: Cache, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever held it is done just after this one has opened its file, and a third one holds another of that name."""
+    flock, third, asked = fcntl.flock, list[int](), 0
+    path = cache.path(REF)
+    lock = path.with_name(f"{path.name}.lock")
+
+    def late(descriptor: int, how: int) -> None:
+        nonlocal asked
+        asked += 1
+        if not third:
+            lock.unlink()
+            third.append(os.open(lock, os.O_RDWR | os.O_CREAT))
+            flock(third[0], fcntl.LOCK_EX)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(cache.get, REF, source)
+        wait_until(lambda: asked > 3 or source.times)
+        assert source.times == 0, "it waits for the third one"
+        lock.unlink()
+        os.close(third[0])
+        assert found.result().read_bytes() == DATA
+
+
+def test_a_lock_is_removed_while_it_is_still_held(
+    cache: Cache, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it somebody else may hold it: who removes that one lets a third one in beside him."""
+    close, links = os.close, list[int]()
+
+    def closed(descriptor: int) -> None:
+        if ".lock" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            links.append(os.fstat(descriptor).st_nlink)
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", closed)
+    cache.get(REF, source)
+    assert links == [0]
 
 
 def test_what_cannot_be_fetched_leaves_nothing(cache: Cache) -> None:
