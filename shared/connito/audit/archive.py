@@ -119,7 +119,7 @@ def seal(
 ) -> int:
     """Write the archive of a run, all of it or nothing, synced; return its size in bytes. `objects`: files by their key."""
     try:
-        with replacing(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as out:
+        with replacing(path) as draft, zipfile.ZipFile(_own(draft), "w", zipfile.ZIP_STORED) as out:
             about = {"format": FORMAT, "run": run, "messages": len(stored.records), "objects": len(objects)}
             _add(out, _ABOUT, [json.dumps(about, sort_keys=True).encode()])
             _add(out, _ROSTER, [roster.to_json().encode()])
@@ -131,6 +131,12 @@ def seal(
     except OSError as error:
         raise Invalid(f"cannot write {path}: {error.strerror}") from error
     return path.stat().st_size
+
+
+def _own(draft: Path) -> Path:
+    """Return a file for nobody else: what lay encrypted in the store is in clear in an archive."""
+    draft.touch(0o600)
+    return draft
 
 
 def _lines(stored: Stored) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ from connito.wire import subjects
 from connito.wire.fact import Fact, Record
 from connito.wire.parts import Parts
 from connito.wire.roster import Roster
+from connito.wire.sealing import NoKey
 from connito.wire.subjects import run_of
 from connito.wire.verification import verify_fact, verify_ingress
 
@@ -78,9 +79,15 @@ async def collect(
     # First the store, then the log: what is named in between was stored before.
     objects = await store.objects()
     say(f"{len(objects)} objects in the store")
-    named, expired = await _named(bus, roster, store)
+    named, expired, unopened = await _named(bus, roster, store)
     say(f"{len(named)} artifacts are named")
-    stale = [one for one in objects if one.digest not in named and (one.digest in expired or one.age_s >= older_than_s)]
+    stale = [
+        one
+        for one in objects
+        if one.digest not in named
+        and (one.digest in expired or one.age_s >= older_than_s)
+        and ref_of_key(one.key, 0).secret not in unopened
+    ]
     for one in stale:
         if one.size <= READ_BYTES and await store.media_type(one.key) == MANIFEST_TYPE:
             # A base may wait for its first run.
@@ -113,8 +120,9 @@ async def stray_runs(bus: Bus, older_than_s: float) -> list[str]:
     return sorted(run for run, at in last.items() if run not in begun and at <= before)
 
 
-async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[str], set[str]]:
-    """Return the digests that the log names, and those that it named until their cycle was too long ago.
+async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[str], set[str], set[str]]:
+    """Return the digests that the log names, those that it named until their cycle was too long ago, and the secrets that this
+    key does not open: what else was made under them, nobody here can tell.
 
     Of a run that an archive holds, only what the library says of it counts.
     """
@@ -132,9 +140,14 @@ async def _named(bus: Bus, roster: Roster, store: ArtifactStore) -> tuple[set[st
             expired.update(ref.digest for ref in references(fact.message))
         else:
             refs.update((ref.digest, ref) for ref in references(fact.message))
-    inside = [digest for ref in refs.values() for digest in await _inside(store, ref)]
+    inside, unopened = list[str](), set[str]()
+    for ref in refs.values():
+        try:
+            inside += await _inside(store, ref)
+        except NoKey:
+            unopened.add(ref.secret)
     kept = {*refs, *inside, *(ref.secret for ref in refs.values())}
-    return kept, expired - kept
+    return kept, expired - kept, unopened
 
 
 def _cycle_of(fact: Fact) -> int:
@@ -171,6 +184,8 @@ async def _inside(store: ArtifactStore, ref: ArtifactRef) -> list[str]:
         return []
     try:
         data = await store.get_bytes(ref)
+    except NoKey:
+        raise
     except (NotFound, VerificationFailed, Invalid):
         return []
     return [digest.decode() for digest in _DIGEST.findall(data)]

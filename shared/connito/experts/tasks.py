@@ -80,7 +80,10 @@ class Task:
         data, file = folder / f"{self.name}.jsonl", folder / f"{self.name}.yaml"
         data.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in self.items))
         file.write_text(yaml.safe_dump({
-            "task": self.name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "task": self.name, "dataset_path": "json", "dataset_kwargs": {
+                # What it makes of the items ends with this folder: on this machine they are somebody's hold-out.
+                "data_files": {"test": str(data)}, "cache_dir": str(folder / "cache"),
+            },
             "output_type": self.kind, "test_split": "test", "doc_to_text": "given", "doc_to_target": "answer",
             "metric_list": [dict(metric) for metric in self.metrics], "metadata": {"version": 1.0},
             **({"doc_to_choice": "choices"} if self.kind == CHOICE else {}), **self.how,

@@ -160,7 +160,8 @@ def _get(url: str, ref: ArtifactRef, path: Path, key: bytes, progress: Progress 
         response = connection.getresponse()
         if response.status != 200:
             _check_status(response.status, response.read(2000).decode(errors="replace"), url)
-        read = private.opened(response.read, ref, key).read if ref.realm == REALM_PRIVATE else response.read
+        read = _whole(response)
+        read = private.opened(read, ref, key).read if ref.realm == REALM_PRIVATE else read
         save_verified(read, ref, partial, progress)
         partial.replace(path)
     except http.client.HTTPException as error:
@@ -170,6 +171,18 @@ def _get(url: str, ref: ArtifactRef, path: Path, key: bytes, progress: Progress 
     finally:
         connection.close()
         partial.unlink(missing_ok=True)
+
+
+def _whole(response: http.client.HTTPResponse) -> Callable[[int], bytes]:
+    """Return what reads an answer, and raises `Retry` where it ends early: an encrypted object would be taken for damaged."""
+
+    def read(size: int) -> bytes:
+        part = response.read(size)
+        if not part and response.length:
+            raise Retry(f"the download ended {response.length} bytes early", dependency="store")
+        return part
+
+    return read
 
 
 def save_verified(read: Callable[[int], bytes], ref: ArtifactRef, path: Path, progress: Progress | None = None) -> None:

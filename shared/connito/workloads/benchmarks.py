@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from connito.data.corpus import Corpus
+from connito.data.corpus import Corpus, check_vocabulary
 from connito.data.documents import is_shown
 from connito.errors import Invalid
 from connito.experts.tasks import ANSWER, CHOICE, MOST_ITEMS, Task, compare
@@ -35,6 +35,8 @@ SEQUENCES = 512
 LOSS = "loss"
 # What a task may ask of a machine that is not its author's: bytes of it, and tokens that its answers have in all.
 MOST_BYTES, MOST_ANSWERED = 4 << 20, 32_768
+# Texts that its choices make, and characters of them in all; metrics, filters and ends of answers; letters in a name or an end.
+MOST_TEXTS, MOST_ASKED, MOST_NAMED, MOST_LETTERS = 5_000, 16 << 20, 8, 40
 # More would outgrow the fact.
 MOST_SCORES, MOST_WHY = 120, 200
 _METRICS = {CHOICE: {"acc", "acc_norm"}, ANSWER: {"exact_match"}}
@@ -56,14 +58,21 @@ def measure(
     evaluator: Evaluator, tokenizer: Any, spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
 ) -> BenchmarksMeasured:
     """Return the scores of the base and of `state`, whose digest is `digest`; `files` are those of `fetch_named`."""
-    result, tensors = BenchmarksMeasured(run=spec.run, state=digest), load_state(state)
+    result, tensors, model = (
+        BenchmarksMeasured(run=spec.run, state=digest),
+        load_state(state),
+        cast(Any, evaluator.model),
+    )
 
     def leave(name: str, error: object) -> None:
         result.unscored.append(Unscored(name=name, why=cut(_shown(str(error)), MOST_WHY)))
 
     for corpus in spec.benchmarks:
         try:
-            rows = sequences(Corpus.load(files[corpus.artifact.digest]), spec)[:SEQUENCES]
+            text = Corpus.load(files[corpus.artifact.digest])
+            # On a GPU a token without an embedding ends the process, and with it the work on other runs.
+            check_vocabulary(text.largest, model.get_input_embeddings().num_embeddings, text.name)
+            rows = sequences(text, spec)[:SEQUENCES]
             before, tokens = evaluator.losses(evaluator.base, rows)
             after, _ = evaluator.losses(tensors, rows)
             result.scores.append(_loss(corpus.domain, before.tolist(), after.tolist(), tokens.tolist()))
@@ -127,18 +136,30 @@ def _task(file: Path) -> Task:
 def _beyond(task: Task) -> Iterator[str]:
     if len(task.items) > MOST_ITEMS:
         yield f"it has more than {MOST_ITEMS} items"
+    texts = [(item["given"], choice) for item in task.items for choice in item.get("choices", [""])]
+    if not all(isinstance(text, str) for pair in texts for text in pair):
+        raise TypeError
+    if len(texts) > MOST_TEXTS or sum(len(given) + len(choice) for given, choice in texts) > MOST_ASKED:
+        yield f"its choices make more than {MOST_TEXTS:,} texts, or more than {MOST_ASKED:,} letters in all"
     if any(metric.get("metric") not in _METRICS[task.kind] or not set(metric) <= _OPTIONS for metric in task.metrics):
         yield f"the platform scores {task.kind} by {', '.join(sorted(_METRICS[task.kind]))} alone"
     drawing = task.how.get("generation_kwargs") or {}
     known = {"target_delimiter"} if task.kind == CHOICE else {"generation_kwargs", "filter_list"}
-    if not set(task.how) <= known or not set(drawing) <= _DRAWING:
+    if not set(task.how) <= known or not set(drawing) <= _DRAWING or drawing.get("do_sample"):
         yield "it asks in a way of its own"
+    ends = drawing.get("until") or []
+    ends = [task.how.get("target_delimiter", ""), *([ends] if isinstance(ends, str) else ends)]
+    filters = task.how.get("filter_list") or []
+    named = (task.metrics, ends[1:], filters, *(entry.get("filter", []) for entry in filters))
+    if any(len(names) > MOST_NAMED for names in named) or any(len(end) > MOST_LETTERS for end in ends):
+        yield f"it names more than {MOST_NAMED} metrics, filters or ends of answers, or too long ones"
     if task.kind == ANSWER:
         length = drawing.get("max_gen_toks", 256)
         if type(length) is not int or not 0 < length * len(task.items) <= MOST_ANSWERED:
             yield f"its answers may have more than {MOST_ANSWERED:,} tokens in all"
-        if any(not plain_name(str(entry.get("name", "one"))) for entry in task.how.get("filter_list") or []):
+        names = [str(entry.get("name", "one")) for entry in filters]
+        if not all(plain_name(name) and len(name.encode()) <= MOST_LETTERS for name in names):
             yield "its filters have names that nobody can read"
-        steps = [step for entry in task.how.get("filter_list") or [] for step in entry.get("filter", [])]
+        steps = [step for entry in filters for step in entry.get("filter", [])]
         if any(step.get("function") not in _FILTERS for step in steps):
             yield "its filters run expressions of its own"

@@ -48,6 +48,7 @@ async def audited(path: Path, folder: Path) -> list[str]:
 
 async def test_it_holds_what_an_audit_needs(world: World, tmp_path: Path) -> None:
     path = await sealed(world, tmp_path / "a")
+    assert path.stat().st_mode & 0o777 == 0o600, "what a private run made is in clear there"
     fetched = await world.artifacts(tmp_path / "a")
     live = [str(one) for one in audit(world.evidence(), fetched, Options(model=False)).differences]
     with unsealed(path, tmp_path) as archive:

@@ -85,7 +85,10 @@ def test_a_fixed_task_is_scored_item_by_item_as_the_harness_scores_its_file(
     ]
 
 
-def test_base_and_result_are_compared_item_by_item(customer: Path, tmp_path: Path) -> None:
+def test_base_and_result_are_compared_item_by_item(
+    customer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
     import torch
 
     words = load_tokenizer(customer / "base")
@@ -98,7 +101,9 @@ def test_base_and_result_are_compared_item_by_item(customer: Path, tmp_path: Pat
                 torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
             )
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", kept := tmp_path / "kept")
     rows = compare([task], model, words, put)
+    assert not list(kept.rglob("*")), "where it is scored, a task is somebody's hold-out"
     assert {(row.task, row.metric, row.items) for row in rows} == {("mine", "acc", 3), ("mine", "acc_norm", 3)}
     for row in rows:
         assert row.base is not None

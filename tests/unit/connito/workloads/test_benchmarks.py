@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
+from connito.data.corpus import Corpus
 from connito.experts.tasks import ANSWER, CHOICE, Task
 from connito.library.schema import read_record
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -23,11 +25,19 @@ ANSWERS = Task(
 )
 
 
+class Embedding(torch.nn.Module):
+    """A base with fifty tokens."""
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """As the models have it."""
+        return torch.nn.Embedding(50, 1)
+
+
 class Model:
     """An evaluator that is asked for no loss."""
 
     base: ClassVar[dict[str, Any]] = {}
-    model = None
+    model = Embedding()
 
     def put(self, state: Any) -> None:
         """Take any state."""
@@ -76,6 +86,19 @@ def _record(missing: dict[str, str]) -> dict[str, Any]:
         ),
         (replace(ANSWERS, how={"filter_list": [{"name": "\x1b[2J"}]}), "names that nobody can read"),
         (replace(ANSWERS, how={"filter_list": 7}), "is no task"),
+        (replace(CHOICES, items=[{**ITEM, "choices": ["b"] * 700_000}]), "more than 5,000 texts"),
+        (replace(CHOICES, items=[{**ITEM, "given": "a" * 10_000, "choices": ["b"] * 2000}]), "letters in all"),
+        (replace(CHOICES, items=[{**ITEM, "given": ["a"]}]), "is no task"),
+        (replace(CHOICES, items=[{**ITEM, "choices": [7]}]), "is no task"),
+        (replace(CHOICES, items=[cast(Any, "a")]), "is no task"),
+        (replace(CHOICES, metrics=[{"metric": "acc"}] * 9), "more than 8 metrics"),
+        (replace(CHOICES, how={"target_delimiter": " " * 41}), "more than 8 metrics, filters or ends"),
+        (replace(ANSWERS, how={"generation_kwargs": {"until": ["x"] * 9}}), "or ends of answers"),
+        (replace(ANSWERS, how={"generation_kwargs": {"until": "x" * 41}}), "too long ones"),
+        (replace(ANSWERS, how={"generation_kwargs": {"do_sample": True, "temperature": 1e-40}}), "in a way of its own"),
+        (replace(ANSWERS, how={"filter_list": [{"name": "x", "filter": []}] * 9}), "more than 8 metrics"),
+        (replace(ANSWERS, how={"filter_list": [{"filter": [{"function": "lowercase"}] * 9}]}), "more than 8 metrics"),
+        (replace(ANSWERS, how={"filter_list": [{"name": "x" * 41}]}), "names that nobody can read"),
     ],
     ids=lambda value: "" if isinstance(value, Task) else str(value)[:20],
 )
@@ -86,3 +109,14 @@ def test_what_asks_too_much_of_the_platform_is_left_to_the_delivery_report(tmp_p
 def test_what_is_no_task_or_a_large_one_is_named(tmp_path: Path) -> None:
     assert "names as a task is none" in unscored(tmp_path, b"\xff\x1b[2J")
     assert "more than 4,194,304 bytes" in unscored(tmp_path, b" " * (5 << 20))
+
+
+def test_text_that_the_base_has_no_embeddings_for_is_never_put_to_it(tmp_path: Path) -> None:
+    """Nobody else looks into a benchmark before, and on a GPU such a token ends the process."""
+    tokens = np.array([1, 2, 50, 3] * 64, np.int32)
+    Corpus(tokens, np.array([0, len(tokens)])).save(file := tmp_path / "exam.safetensors")
+    save_file({"layers.0.down_proj": torch.zeros(1)}, state := tmp_path / "state.safetensors")
+    spec = RunSpec(run="r", benchmarks=[CorpusRef(domain="exam", artifact=ArtifactRef(digest="d"))])
+    found = measure(Model(), None, spec, {"d": file}, "s", state)  # type: ignore[arg-type]
+    assert not found.scores
+    assert "holds the token 50, and the base has 50" in found.unscored[0].why
