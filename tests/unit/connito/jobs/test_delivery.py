@@ -18,12 +18,15 @@ class Ended:
     """A session of a platform on which a run has ended, whose log is read again and again."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *due: bool, resting: bool = False, paused: bool = False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *due: bool,
+        resting: bool = False,
+        paused: bool = False,
+        unscored: bool = False,
     ) -> None:
         self.resting, self.roster, self.looks = resting, None, 0
-        self._facts: Any = SimpleNamespace(
-            deposits={}, spec=None, benchmarked=None, paused=[object()] if paused else []
-        )
+        self._facts: Any = SimpleNamespace(deposits={}, paused=[object()] if paused else [])
         waiting = [*due]
 
         async def read_log(*_: object) -> Any:
@@ -36,7 +39,7 @@ class Ended:
 
         monkeypatch.setattr(log, "read_log", read_log)
         monkeypatch.setattr(delivery, "plan", plan)
-        monkeypatch.setattr(delivery, "lacks_scores", lambda _: False)
+        monkeypatch.setattr(delivery, "lacks_scores", lambda _: unscored)
         monkeypatch.setattr(delivery, "POLL_SECONDS", 0.0)
 
     @asynccontextmanager
@@ -70,8 +73,7 @@ async def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_scores_are_waited_for_longer_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "DEPOSIT_SECONDS", -1.0)
-    monkeypatch.setattr(delivery, "lacks_scores", lambda _: True)
-    await Ended(monkeypatch, True, True, False).read()
+    await Ended(monkeypatch, True, True, False, unscored=True).read()
     monkeypatch.setattr(delivery, "SCORING_SECONDS", 0.0)
     with pytest.raises(Retry, match="has not deposited its expert yet"):
-        await Ended(monkeypatch, True).read()
+        await Ended(monkeypatch, True, unscored=True).read()
