@@ -57,7 +57,7 @@ LOCAL_STEPS, MINERS, LONG = (1, 5, 20, 50), (4, 8, 32), 400
 DATA = ("IID", "non-IID")
 TARGET = "target"
 # Of a miner, by H.
-RATES = {1: 8e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
+RATES = {1: 2e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
 # Of central, with what each falls to by a cosine: the two best of twice as many.
 SAME = "steps, same rate"
 CENTRAL_RATES = {"steps": ((8e-3, 1.0), (1.6e-2, 0.1)), "tokens": ((8e-3, 1.0), (8e-3, 0.1))}

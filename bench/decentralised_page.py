@@ -36,8 +36,9 @@ submission judged as it is, as in runs of before;
 {_pairs(found)}The longer a cycle is, the fewer merges there are of the same steps for momentum to build up in,
 whatever the data, and with one domain a miner states drift apart as well. On two pilot seeds no rate, momentum, β or
 schedule that was tried kept more of IID data in five merges; in twenty merges as long nothing was lost against a rate
-that stays. What cycles of one step lose is mostly not noise, but momentum that overshoots and is refused
-([notes](lab-notes.md)). The platform shares out one corpus, which is the IID case.
+that stays. In cycles of one step outer momentum adds up to many steps, so that a miner's rate has to be lower
+([notes](lab-notes.md)): a quarter of the others', by two pilot seeds. The strict rows of one step are of the higher rate,
+and three of the cells of now had been run with it before. The platform shares out one corpus, which is the IID case.
 
 {len(document["rows"])} measurements on {document["machine"]["cores"]} cores of an {document["machine"]["cpu"]}, no GPU. What
 is not in the table has not been measured. [Every number](../evidence/decentralised.json).
