@@ -67,7 +67,7 @@ def frozen(item: Object) -> Any:
         case "PersistentVolumeClaim":
             return {key: value for key, value in spec.items() if key != "resources"}
         case "Service":
-            return spec.get("clusterIP") == "None"
+            return spec.get("clusterIP") == "None", (spec.get("ipFamilies") or ["IPv4"])[0]
         case "RoleBinding":
             return item["roleRef"]
     return None
