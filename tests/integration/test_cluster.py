@@ -133,7 +133,8 @@ def definition(version: str, kind: str) -> Object:
 
 def place(item: Object) -> str:
     """Where objects of this kind are."""
-    version = EARLIER.get(item["apiVersion"], item["apiVersion"])
+    said: str = item["apiVersion"]
+    version = EARLIER.get(said, said)
     start = f"/api/{version}" if "/" not in version else f"/apis/{version}"
     return f"{start}/namespaces/ml/{plural(item['kind'])}"
 
