@@ -259,7 +259,7 @@ class Broker:
         if not self._led(name):
             return None
         if what[1] == "MSG":
-            pattern = body.get("last_by_subj") or body["next_by_subj"]
+            pattern = body.get("last_by_subj") or body.get("next_by_subj", ">")
             there = any(_matches(one.record.subject, pattern) for one in self.streams[name][body.get("seq", 1) - 1 :])
             return {"message": {}} if there else {"error": {"code": 404, "err_code": 10037}}
         stamp = _stamp(self.loop.now)
