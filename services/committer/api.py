@@ -11,12 +11,12 @@ from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import check_fresh, open_request
 from connito.store import ArtifactStore
-from connito.store.named import is_digest
 from connito.v1 import reasons_pb2, services_pb2, services_pb2_grpc
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
+from connito.wire.hashing import is_digest
 from connito.wire.subjects import LIBRARY
 
 from . import judging

@@ -14,6 +14,7 @@ from connito.v1 import reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
+from connito.wire.private import is_public
 from connito.wire.subjects import LIBRARY
 
 from .judging import check_shown
@@ -69,7 +70,7 @@ class Downloads:
         roster = self._state.roster
         if spec.visibility == "organisation" and spec.organisation in roster.memberships(key):
             return True
-        return spec.visibility in ("", "public") and roster.permits("customer", key)
+        return is_public(spec) and roster.permits("customer", key)
 
     async def _base(self, spec: run_pb2.RunSpec) -> dict[str, ArtifactRef]:
         """Return manifest and files of a run's base. Nothing where it is another customer's and the run shows no proof."""

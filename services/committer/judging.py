@@ -23,6 +23,7 @@ from connito.wire.enums import reason_name
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.locked import is_key, locked_bytes
+from connito.wire.private import is_public
 from connito.wire.subjects import window_value
 
 DIGEST_BYTES = 32
@@ -59,7 +60,7 @@ def unknown(run: str) -> NotFound:
 def check_shown(facts: RunFacts, miner: str) -> None:
     """Raise `NotFound` for a run that is not public, and that a key has no part in."""
     spec = facts.require_spec()
-    if spec.visibility not in ("", "public") and not facts.is_enrolled(miner) and miner not in spec.enrolment.allowed:
+    if not is_public(spec) and not facts.is_enrolled(miner) and miner not in spec.enrolment.allowed:
         raise unknown(facts.run)
 
 

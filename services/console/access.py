@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 from connito.errors import Invalid, Retry
 from connito.library.governance import Viewer
 from connito.service.oidc import Tokens
-from connito.v1.run_pb2 import RunSpec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -168,8 +167,3 @@ class Guard:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def is_public(spec: RunSpec) -> bool:
-    """Return whether everybody may see what comes out of a run."""
-    return spec.visibility in ("", "public")

@@ -24,6 +24,7 @@ from connito.views.standings import validator_rows
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
+from connito.wire.private import is_public
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,7 +35,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from . import charts, experts, login, views
-from .access import Access, Guard, is_public
+from .access import Access, Guard
 from .artifacts import Artifacts
 from .cards import as_html, effects
 from .figures import ExpertFigures
@@ -302,9 +303,8 @@ class Console:
         commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
         values = {
             "expert": row, "card": as_html(about.card), "commands": [] if row.withdrawn else commands,
-            "effects": effects(about.record), "family": family,
-            "offer": offer, "serve": self.trial.url, "asked": asked or Asked(""), "answers": answers or {},
-            "lengths": LENGTHS, "most": MAX_TEXT,
+            "effects": effects(about.record), "family": family, "offer": offer, "serve": self.trial.url,
+            "asked": asked or Asked(""), "answers": answers or {}, "lengths": LENGTHS, "most": MAX_TEXT,
         }  # fmt: skip
         return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 

@@ -17,6 +17,7 @@ from connito.v1 import reasons_pb2, services_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.passes import admitted
+from connito.wire.private import is_public
 from connito.wire.roster import OPERATOR, ROLES, Roster
 
 Request = services_pb2.GetRunRequest | services_pb2.ListRunsRequest | services_pb2.WatchRunRequest
@@ -74,7 +75,7 @@ class Readers:
         serves = viewer.everything or self._roster.serves(key)
         own = key == spec.customer or facts.is_enrolled(key) or key in spec.enrolment.allowed
         shared = spec.visibility == "organisation" and spec.organisation in viewer.organisations
-        return spec.visibility in ("", "public") or serves or own or shared
+        return is_public(spec) or serves or own or shared
 
     def run(self, run: str, viewer: Viewer) -> RunFacts:
         """Return the facts of a run that is shown to a viewer. Raises `NotFound`: for one that is not, as if there were none."""

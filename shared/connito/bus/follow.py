@@ -270,9 +270,10 @@ class _Reader:
         if not missing or delay > LATE:
             self.hinted, missing, delay = 0, False, SOON
         began = now = self.now()
-        while not self.hint.is_set() and now < began + (delay if missing else LOOK_SECONDS):
+        end = began + (delay if missing else LOOK_SECONDS)
+        while not self.hint.is_set() and now < end:
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(began + (delay if missing else LOOK_SECONDS) - now, self.quiet)):
+                async with asyncio.timeout(min(end - now, self.quiet)):
                     await self.hint.wait()
             now = self.now()
             if self.news.at > self.looked_behind and now >= began + self.quiet:

@@ -27,6 +27,7 @@ from connito.runtime.tasks import blocking
 from connito.service.customer_store import CustomerStore
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.run_pb2 import CorpusRef, ExpertDeposited, RunSpec
+from connito.wire.private import is_public
 from connito.wire.sealing import unsealed
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def _from_platform(job: Job, root: Path, session: Session, log: Log) -> JobConte
 
 
 def _is_seen(spec: RunSpec, me: str) -> bool:
-    return spec.customer == me or spec.visibility in ("", "public")
+    return spec.customer == me or is_public(spec)
 
 
 def _manifest_digest(facts: RunFacts) -> str:

@@ -17,6 +17,7 @@ from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef, R
 from connito.v1.reasons_pb2 import REASON_BAD_SPEC
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 from connito.wire.bounds import check_bounds
+from connito.wire.private import is_public
 
 # An id for the check alone, where the job names none: submitting makes one of domain and time.
 _UNNAMED = "unnamed"
@@ -116,7 +117,7 @@ def _with_stand_ins(job: Job, spec: RunSpec, context: JobContext) -> RunSpec:
     asked.CopyFrom(spec)
     asked.run = spec.run or _UNNAMED
     asked.base.CopyFrom(BaseRef(name=context.name, manifest=_stand_in(REALM_PUBLIC)))
-    if spec.visibility not in ("", "public"):
+    if not is_public(spec):
         asked.secret.CopyFrom(_stand_in(REALM_PUBLIC))
     asked.probe.CopyFrom(_corpus(job.domain, REALM_PUBLIC))
     asked.train.CopyFrom(_corpus(job.domain, REALM_PUBLIC))

@@ -24,7 +24,7 @@ from connito.service.customer_store import CustomerStore
 from connito.v1 import artifacts_pb2
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec
 from connito.wire import sealing
-from connito.wire.private import placed
+from connito.wire.private import is_public, placed
 
 PUBLIC, HOLDOUT = artifacts_pb2.REALM_PUBLIC, artifacts_pb2.REALM_HOLDOUT
 
@@ -78,7 +78,7 @@ def submit(checked: Checked, create_run: Callable[[RunSpec], str], progress: Pro
 
 def with_secret(spec: RunSpec, data_dir: Path | None) -> RunSpec:
     """Return a spec that lets what the run makes lie encrypted in the store, where it is not public."""
-    if spec.visibility in ("", "public") or spec.secret.digest:
+    if is_public(spec) or spec.secret.digest:
         return spec
     closed = RunSpec(secret=blocking(CustomerStore(Session.open(data_dir, role="customer")).secret(spec.run)))
     closed.MergeFrom(spec)

@@ -41,8 +41,9 @@ def scored(facts: RunFacts) -> ExpertRecord:
         missing = {entry.name: entry.why for entry in measured.message.unscored}
         found = {"scores": as_rows(measured.message.scores), **({"unscored": missing} if missing else {})}
         return cast("ExpertRecord", found)
-    named = (*spec.benchmarks, *spec.tasks) if notice is not None else ()
-    missing = {corpus.domain: unscored_for(facts) for corpus in named}
+    if notice is None:
+        return cast("ExpertRecord", {})
+    missing = {corpus.domain: notice.message.detail for corpus in (*spec.benchmarks, *spec.tasks)}
     return cast("ExpertRecord", {"unscored": missing} if missing else {})
 
 

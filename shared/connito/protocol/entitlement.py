@@ -17,6 +17,7 @@ from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.private import is_public
 
 _PROOF_TAG = b"connito.v1.base\x00"
 
@@ -151,5 +152,5 @@ def free_base_name(name: str, manifest: str, customer: str, runs: Iterable[RunFa
 
 def _shares(first: run_pb2.RunSpec, spec: run_pb2.RunSpec, ref: ArtifactRef) -> bool:
     """Return whether what one run brought may be used by another: its own customer's, or public and not held out."""
-    public = first.visibility in ("", "public") and ref.realm == REALM_PUBLIC
+    public = is_public(first) and ref.realm == REALM_PUBLIC
     return public or first.customer == spec.customer

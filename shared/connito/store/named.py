@@ -10,6 +10,7 @@ from connito.errors import Invalid
 from connito.store.cache import digest_of_file
 from connito.v1 import artifacts_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.wire.hashing import is_digest
 
 PRIVATE = artifacts_pb2.REALM_PRIVATE
 REALMS = {
@@ -33,11 +34,6 @@ class StoredObject:
     size: int
     age_s: float
     media_type: str
-
-
-def is_digest(text: str) -> bool:
-    """Return whether `text` is a SHA-256 in lower-case hex."""
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def key_of(ref: ArtifactRef) -> str:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 
 
+def is_digest(text: str) -> bool:
+    """Return whether `text` is a SHA-256 in lower-case hex."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
 def hash_fields(tag: bytes, *fields: str | int | bytes) -> bytes:
     """Return SHA-256 over a domain tag and fields, each behind its length (4 bytes, big-endian).
 

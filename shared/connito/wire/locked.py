@@ -13,7 +13,7 @@ from pathlib import Path
 from connito.errors import Invalid, VerificationFailed
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.wire.hashing import hash_fields
+from connito.wire.hashing import hash_fields, is_digest
 from connito.wire.sealing import CHUNK, CHUNK_TAG, decrypted, encrypt
 
 KEY_BYTES = 32
@@ -28,7 +28,7 @@ def locked_bytes(size: int) -> int:
 
 def is_key(ref: ArtifactRef) -> bool:
     """Return whether a reference tells a key, and what it opens to."""
-    return len(ref.key) == KEY_BYTES and len(ref.content) == 64 and set(ref.content) <= set("0123456789abcdef")
+    return len(ref.key) == KEY_BYTES and is_digest(ref.content)
 
 
 def lock_file(source: Path, target: Path, key: bytes, content: str) -> None:

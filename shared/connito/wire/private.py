@@ -42,6 +42,11 @@ def secret_of(owner: Identity, what: str) -> bytes:
     return owner.derive("private", what)
 
 
+def is_public(spec: RunSpec) -> bool:
+    """Return whether everybody may see what comes out of a run."""
+    return spec.visibility in ("", "public")
+
+
 def placed(spec: RunSpec) -> ArtifactRef:
     """Return where what a run makes belongs: realm and secret of a reference."""
     return at(spec.secret.digest)

@@ -58,11 +58,8 @@ def measure(
     evaluator: Evaluator, tokenizer: Any, spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
 ) -> BenchmarksMeasured:
     """Return the scores of the base and of `state`, whose digest is `digest`; `files` are those of `fetch_named`."""
-    result, tensors, model = (
-        BenchmarksMeasured(run=spec.run, state=digest),
-        load_state(state),
-        cast(Any, evaluator.model),
-    )
+    result = BenchmarksMeasured(run=spec.run, state=digest)
+    tensors, model = load_state(state), cast(Any, evaluator.model)
 
     def leave(name: str, error: object) -> None:
         result.unscored.append(Unscored(name=name, why=cut(_shown(str(error)), MOST_WHY)))
@@ -111,9 +108,8 @@ def _loss(name: str, before: Sequence[float], after: Sequence[float], tokens: Se
 
 def _scores(task: Task, model: Any, tokenizer: Any, put: Any) -> Iterator[BenchmarkScore]:
     for row in compare([task], model, tokenizer, put):
-        found = BenchmarkScore(
-            name=row.task, metric=row.metric, items=row.items, before=row.base or 0.0, after=row.score
-        )
+        assert row.base is not None, "the base is asked as well"
+        found = BenchmarkScore(name=row.task, metric=row.metric, items=row.items, before=row.base, after=row.score)
         if row.interval is not None:
             found.low, found.high = row.interval
         yield found

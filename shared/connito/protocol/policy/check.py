@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -30,7 +29,9 @@ from connito.v1 import reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PRIVATE, REALM_PUBLIC, ArtifactRef, Realm
 from connito.v1.run_pb2 import CorpusRef, RewardPolicy, RunSpec
 from connito.wire.enums import name_of
+from connito.wire.hashing import is_digest
 from connito.wire.identity import is_public_key
+from connito.wire.private import is_public
 from connito.wire.subjects import INSTALLATION, LIBRARY, check_token
 
 
@@ -185,7 +186,7 @@ def _artifacts(spec: RunSpec) -> Iterator[Fault]:
         yield from _corpus(f"beside[{index}]", corpus, *text, REALM_HOLDOUT)
     if spec.secret.digest:
         yield from _ref("secret", spec.secret, REALM_PUBLIC)
-    elif spec.visibility not in ("", "public"):
+    elif not is_public(spec):
         remedy = "submit with a client of this version, which uploads one"
         yield Fault("secret", "is empty, so what the run makes would lie open in the store", remedy)
     corpora = (spec.train, spec.probe, spec.replay, *spec.beside)
@@ -217,7 +218,7 @@ def _corpus(field: str, corpus: CorpusRef, *realms: Realm.ValueType) -> Iterator
 
 
 def _ref(field: str, ref: ArtifactRef, *realms: Realm.ValueType) -> Iterator[Fault]:
-    if not re.fullmatch(r"[0-9a-f]{64}", ref.digest):
+    if not is_digest(ref.digest):
         remedy = "put the artifact into the store and give its SHA-256 in hex"
         yield Fault(f"{field}.digest", f"is {ref.digest[:80]!r}", remedy)
     if ref.size <= 0:

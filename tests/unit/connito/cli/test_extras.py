@@ -11,25 +11,11 @@ from pathlib import Path
 import pytest
 from connito.runtime.extras import EXTRA
 
+from tests.support.hiding import HIDING
 from tests.support.models import save_random
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[4]
-
-# In this process and those that it starts nobody finds what is hidden, as where it is not installed.
-HIDING = """
-import os, sys
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in os.environ.get("HIDDEN", "").split():
-            return None
-        return self.finder.find_spec(name, path, target)
-sys.meta_path[:] = map(Without, sys.meta_path)
-"""
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,15 @@ from typing import Any
 import pytest
 from connito.runtime.extras import EXTRA
 
+from tests.support.hiding import HIDING
+
 ROOT = Path(__file__).parents[4]
 
 # Calls every command with a word for whatever it demands, and every name that is offered; prints what came of each.
-SWEEP = """
-import contextlib, io, json, os, sys, traceback
-
-hidden = set(os.environ["HIDDEN"].split())
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
-sys.meta_path[:] = map(Without, sys.meta_path)
+SWEEP = (
+    HIDING
+    + """
+import contextlib, io, json, traceback
 
 import typer
 import connito, connito.library
@@ -74,6 +68,7 @@ for name in connito.library._HOMES:
     tried(f"connito.library.{name}", lambda: getattr(connito.library, name))
 print(json.dumps(found))
 """
+)
 
 
 @pytest.fixture(scope="module")
