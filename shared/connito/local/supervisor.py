@@ -129,6 +129,8 @@ class Supervisor:
                 )
                 if not left or not kept.spare:
                     raise
+                if kept.aside and left < self.needed:
+                    raise Fatal(self._too_few(kept, code, left)) from None
                 await self._set_aside(kept, code, left)
             self._again(kept, code)
             await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
@@ -195,13 +197,24 @@ class Supervisor:
     async def _set_aside(self, kept: _Supervised, code: int, left: int) -> None:
         kept.pid, kept.aside = 0, True
         self._write_pids()
-        waits = f"the run waits for it, because it needs {self.needed} miners (windows.min_miners)"
+        waits = (
+            f"the run needs {self.needed} miners (windows.min_miners): if it ends again then, `connito up` ends, and "
+            "the run stays as it is"
+        )
         others = "the others go on" if left >= self.needed else waits
         self._announce(
             f"{kept.name} keeps ending ({describe_exit(code)}) and is set aside for {_ASIDE_SECONDS:.0f} s; {others}. "
             f"Its log is {kept.log}"
         )
         await asyncio.sleep(_ASIDE_SECONDS)
+
+    def _too_few(self, kept: _Supervised, code: int, left: int) -> str:
+        return (
+            f"{kept.name} keeps ending ({describe_exit(code)}), and the run needs {self.needed} miners "
+            f"(windows.min_miners), of which {left} live. The run stays as it is: mend this and go on with `connito up`, "
+            f"or start another one with `connito up --new`. The log of {kept.name}, {kept.log}, ends with:\n"
+            f"{last_lines(kept.log)}"
+        )
 
     def _again(self, kept: _Supervised, code: int) -> None:
         kept.restarts += 1

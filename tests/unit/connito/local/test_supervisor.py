@@ -139,11 +139,8 @@ async def test_one_of_several_that_cannot_live_is_set_aside_and_tried_again(
     for one in (good, bad):
         await supervisor.start(one, PlainLauncher(), spare=True)
     await until(lambda: len(said) >= 2)
-    supervisor.needed, several = 2, len(said)
-    await until(lambda: len(said) > several)
     assert said[0].startswith("bad keeps ending (exit code 9) and is set aside for")
     assert "; the others go on." in said[0]
-    assert "; the run waits for it, because it needs 2 miners" in said[-1]
     assert str(bad.log) in said[0]
     assert listed[:2] == [{"good"}, {"good"}]
     assert not supervisor.failed.done()
@@ -156,6 +153,29 @@ async def test_one_of_several_that_cannot_live_is_set_aside_and_tried_again(
     with pytest.raises(Fatal, match="good ended 3 times"):
         await asyncio.wait_for(supervisor.failed, PATIENCE)
     await supervisor.stop()
+
+
+async def test_too_few_that_live_are_told_after_one_more_try(
+    data: DataDir, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for ever for a run that cannot go on."""
+    for name, value in (("_FIRST_DELAY", 0.01), ("_ASIDE_SECONDS", 0.05), ("GIVE_UP_AFTER", 2)):
+        monkeypatch.setattr(supervising, name, value)
+    said: list[str] = []
+    supervisor = Supervisor(data, said.append)
+    supervisor.needed = 2
+    for one in (program("good", ENDLESS), program("bad", "import sys; sys.exit('no such device')")):
+        await supervisor.start(one, PlainLauncher(), spare=True)
+    with pytest.raises(Fatal) as error:
+        await asyncio.wait_for(supervisor.failed, PATIENCE)
+    await supervisor.stop()
+    (aside,) = [line for line in said if "is set aside" in line]
+    assert "the run needs 2 miners (windows.min_miners): if it ends again then, `connito up` ends" in aside
+    assert str(error.value).startswith(
+        "bad keeps ending (exit code 1), and the run needs 2 miners (windows.min_miners), of which 1 live. The run stays "
+        "as it is: mend this and go on with `connito up`"
+    )
+    assert str(error.value).endswith("no such device")
 
 
 async def test_one_that_was_set_aside_and_lives_again_is_one_of_those_that_live(
