@@ -11,7 +11,7 @@ from connito.runtime.compute import ComputeBudget, load_torch
 from connito.service.engine import Decision, Engine
 from connito.service.lifecycle import Lifecycle
 from connito.service.runner import ServiceContext, run_service
-from connito.v1.run_pb2 import BenchmarksMeasured, ExpertDeposited, RunEnded
+from connito.v1.run_pb2 import BenchmarksMeasured, ExpertDeposited, RunEnded, RunPaused
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
@@ -32,8 +32,8 @@ async def main(ctx: ServiceContext[AggregatorSettings]) -> None:
 
     def on_fact(fact: Fact) -> None:
         drop_losses(log.runs[fact.run], fact)
-        ended = isinstance(fact.message, RunEnded) and not lacks_scores(log.runs[fact.run])
-        if ended or isinstance(fact.message, BenchmarksMeasured | ExpertDeposited):
+        facts, closing = log.runs[fact.run], (RunEnded, RunPaused, BenchmarksMeasured, ExpertDeposited)
+        if isinstance(fact.message, closing) and facts.ended is not None and not lacks_scores(facts):
             aggregator.forget(fact.run)
 
     def decide_while_leading(facts: RunFacts, _now_ms: int) -> Decision:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from connito.base.loading import load_tokenizer
 from connito.bus import Bus, offences
-from connito.errors import VerificationFailed
+from connito.errors import Invalid, VerificationFailed
 from connito.library.deposit_plan import Deposit, lacks_scores, plan
+from connito.library.scores import MEASURING_SECONDS
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.provenance import check_settled, check_start
@@ -20,12 +22,12 @@ from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree, no_quorum
 from connito.runtime import metrics
-from connito.runtime.compute import ComputeBudget
+from connito.runtime.compute import ComputeBudget, in_thread
 from connito.runtime.logs import bind_run, get_logger
 from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2
-from connito.v1.run_pb2 import BenchmarksMeasured, RunSpec
+from connito.v1.run_pb2 import BenchmarksMeasured
 from connito.views.sentences import as_recorded, detail_of, sentence
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
@@ -121,19 +123,34 @@ class Aggregator:
             await self._publish(run, cycle, merged)
 
     async def _benchmark(self, run: str) -> None:
-        """Score base and result on the benchmarks and tasks of a run; then its model is needed no more."""
+        """Score base and result on the benchmarks and tasks of a run; then its model is needed no more. What computes for a run
+        that goes on comes first.
+        """
         facts = self._facts(run)
-        spec, due = facts.require_spec(), plan(facts)
+        spec, ended, due = facts.require_spec(), facts.ended_fact, plan(facts)
+        assert ended is not None
         assert isinstance(due, Deposit), "decided on these facts"
+        left = ended.time_unix_ms / 1000 + MEASURING_SECONDS - await self._bus.time()
+        until = self._bus.host.monotonic() + left
         files = await fetch_named(self._store, spec, self._bus.identity)
         state, base = await self._store.fetch(due.state), await fetch_base(self._store, spec)
         evaluator = await self._evaluator(facts)
-        async with self._budget.slot("gate"):
-            work = partial(_score, evaluator, base.files, spec, files, due.state.digest, state)
-            scores = await asyncio.to_thread(work)
+        async with self._budget.slot("gate") as give_way:
+
+            def work(stop: threading.Event) -> BenchmarksMeasured:
+                def between() -> None:
+                    give_way()
+                    if stop.is_set() or self._bus.host.monotonic() > until:
+                        raise Invalid(f"it was not scored within {MEASURING_SECONDS / 3600:g} hours of the run's end")
+
+                tokenizer = load_tokenizer(base.files) if spec.tasks else None
+                with evaluator.alone() as whole:
+                    return measure(whole, tokenizer, spec, files, due.state.digest, state, between)
+
+            scores = await in_thread(work)
         if self._leading() and lacks_scores(self._facts(run)):
             await self._bus.publish_fact(run, "library", 0, "benchmarked", scores)
-            self.forget(run)
+        self.forget(run)
 
     def _agree(self, facts: RunFacts, cycle: int, submissions: Sequence[cycle_pb2.Submission]) -> Consensus:
         reports = read_reports(facts, cycle)
@@ -180,14 +197,6 @@ class Aggregator:
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
             _report(run, merged)
-
-
-def _score(
-    evaluator: GateEvaluator, base: Mapping[str, Path], spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
-) -> BenchmarksMeasured:  # fmt: skip
-    tokenizer = load_tokenizer(base) if spec.tasks else None
-    with evaluator.alone() as whole:
-        return measure(whole, tokenizer, spec, files, digest, state)
 
 
 def _measure_both(evaluator: GateEvaluator, digest: str, state: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from connito.library.governance import Viewer
-from connito.library.scores import as_rows, line
+from connito.library.scores import line, scored
 from connito.library.start import notice_of, notices
 from connito.library.training_demand import Demand, demand, training_of
 from connito.render import formats
@@ -191,7 +191,7 @@ def _row(
         licence="" if spec is None else spec.license,
         notice=notice_of({"governance": {"sources": sources}}, message.expert_id, against),
         parents=tuple(message.parents),
-        scores="" if facts.benchmarked is None else line(as_rows(facts.benchmarked.scores)),
+        scores="" if spec is None else line(scored(facts).get("scores", ())),
     )
 
 

@@ -40,7 +40,7 @@ async def _serve(ctx: ServiceContext[LibrarySettings], catalogue: Catalogue) -> 
     async with Lifecycle(ctx.stop) as life:
         life.start(clock.keep())
         life.start(reader.follow())
-        life.start(ctx.bus.consume("library", depositor.handle, aside=depositor.tell))
+        life.start(depositor.work())
         if not (await life.finishes(clock.known.wait()) and await life.finishes(reader.complete.wait())):
             return
         servicer = (services_pb2_grpc.add_LibraryServiceServicer_to_server, library, NAME)

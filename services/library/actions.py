@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from connito.library.card import render
 from connito.library.deposit_plan import STREAMS, Deposit, lacks_scores, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.schema import ExpertRecord
-from connito.library.scores import SCORING_SECONDS, benchmark_key, unscored_for
+from connito.library.scores import SCORING_SECONDS, benchmark_key
 from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
@@ -54,6 +54,15 @@ class Depositor:
 
     def __init__(self, bus: Bus, store: ArtifactStore, roster: Roster, log: FilteringBoundLogger) -> None:
         self._bus, self._store, self._roster, self._log = bus, store, roster, log
+        # By run, what ends when its scores are there, or late.
+        self._awaited: dict[str, asyncio.Task[None]] = {}
+
+    async def work(self) -> None:
+        """Handle what ends until cancelled."""
+        try:
+            await self._bus.consume("library", self.handle, aside=self.tell)
+        finally:
+            await end_tasks(self._awaited.values())
 
     async def handle(self, record: Record) -> None:
         """Deposit the run's expert, if it has one, or say in the log that it cannot be. Raises `Invalid` for a run under newer
@@ -68,30 +77,52 @@ class Depositor:
 
     async def _handle(self, record: Record) -> None:
         fact = verify_fact(record, self._roster)
+        awaited = self._awaited.get(fact.run)
+        if awaited is not None and not awaited.done():
+            raise _unscored(fact.run)
         facts = await self._read_run(fact.run)
         if facts.spec is not None:
             check_version(facts.spec)
-        if lacks_scores(facts) and not unscored_for(facts):
+        if lacks_scores(facts):
             facts = await self._scored_or_late(facts, fact)
         decision = plan(facts)
         if not isinstance(decision, Deposit):
             self._log.info("nothing to deposit", run=fact.run, why=decision.why)
+            self._awaited.pop(fact.run, None)
             return
         message = await self._deposit(facts, decision)
         if await self._bus.publish_fact(fact.run, "library", 0, "deposited", message, message.expert_id):
             metrics.EXPERTS_DEPOSITED.inc()
             self._log.info("expert deposited", run=fact.run, expert=message.expert_id, bytes=message.expert.size)
+        self._awaited.pop(fact.run, None)
 
     async def _scored_or_late(self, facts: RunFacts, ended: Fact) -> RunFacts:
         """Raise `Retry` while scores may come. Once they are late, say so in the log, which the record follows, and return what
         it says by then.
         """
         run = facts.run
-        if await self._bus.time() < ended.time_unix_ms / 1000 + SCORING_SECONDS:
-            raise Retry(f"run {run} is not scored on its benchmarks yet", after=2.0, dependency="aggregator")
+        left = ended.time_unix_ms / 1000 + SCORING_SECONDS - await self._bus.time()
+        if left > 0:
+            self._awaited[run] = asyncio.create_task(self._scored(run, left))
+            raise _unscored(run)
         late = Invalid(f"no aggregator scored it within {SCORING_SECONDS / 3600:g} hours", reason=REASON_FAULT)
         await self._say(run, benchmark_key(run), late)
         return await self._read_run(run)
+
+    async def _scored(self, run: str, seconds: float) -> None:
+        """Return when the log has scores of a run or that there will be none, and after so long in any case. What is there is
+        read once, and then only what comes.
+        """
+        log = Log(self._roster)
+        with suppress(TimeoutError, Retry, Invalid):
+            async with asyncio.timeout(seconds), aclosing(self._bus.follow(STREAMS, run)) as items:
+                async for item in items:
+                    if isinstance(item, CaughtUp):
+                        continue
+                    with suppress(Invalid):
+                        log.apply(item)
+                    if run in log.runs and log.runs[run].ended is not None and not lacks_scores(log.runs[run]):
+                        return
 
     async def tell(self, record: Record, error: Invalid) -> None:
         """Say in the log that the deposit of a run is put aside, and why."""
@@ -156,6 +187,10 @@ class Depositor:
             base_digest=record["base"]["manifest"],
             parents=[record["started_from"]["expert_id"]] if "started_from" in record else [],
         )
+
+
+def _unscored(run: str) -> Retry:
+    return Retry(f"run {run} is not scored on its benchmarks yet", after=LONGEST, dependency="aggregator")
 
 
 class CatalogueReader:

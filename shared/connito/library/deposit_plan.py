@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from connito.library.artifact import ExpertHeader
 from connito.library.record import MERGED, ended_at
+from connito.library.scores import unscored_for
 from connito.v1 import artifacts_pb2, run_pb2
 from connito.wire.facts import RunFacts
 
@@ -35,10 +36,12 @@ class NoDeposit:
 
 
 def lacks_scores(facts: RunFacts) -> bool:
-    """Return whether the expert that a run leaves is still to be scored on what the run names."""
+    """Return whether the expert that a run leaves is still to be scored on what the run names: nobody has, nor said that nobody
+    will.
+    """
     spec = facts.spec
     asked = facts.benchmarked is None and spec is not None and (spec.benchmarks or spec.tasks)
-    return bool(asked) and isinstance(plan(facts), Deposit)
+    return bool(asked) and not unscored_for(facts) and isinstance(plan(facts), Deposit)
 
 
 def plan(facts: RunFacts) -> Deposit | NoDeposit:

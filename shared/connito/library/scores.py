@@ -10,8 +10,8 @@ from connito.v1.run_pb2 import BenchmarkScore, BenchmarksMeasured, RunPaused
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 
-# So long after a run's end its expert is deposited without scores.
-SCORING_SECONDS = 2 * 3600.0
+# So long after a run's end the aggregator leaves out what it has not scored, and its expert is deposited without scores.
+MEASURING_SECONDS, SCORING_SECONDS = 1.5 * 3600.0, 2 * 3600.0
 
 
 def benchmark_key(run: str) -> str:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,17 +55,20 @@ class ComputeBudget:
             folder.mkdir(parents=True, exist_ok=True)
 
     @asynccontextmanager
-    async def slot(self, purpose: str) -> AsyncIterator[None]:
-        """Hold a slot. The wait is measured under `purpose`; the event loop stays free meanwhile."""
+    async def slot(self, purpose: str) -> AsyncIterator[Callable[[], None]]:
+        """Hold a slot. The wait is measured under `purpose`; the event loop stays free meanwhile.
+
+        Long work calls what it is given now and then, in its own thread: it lets those who wait go first.
+        """
         if self._folder is None:
-            yield
+            yield lambda: None
             return
         began, what = time.monotonic(), f"compute {purpose} {next(_NUMBERS)}"
         telling = asyncio.get_running_loop().call_later(TELL_AFTER, self._tell, what)
         try:
             queue = await self._lock(["queue"], 1)
             try:
-                held = await self._lock([f"core-{number}" for number in range(self._cores)], self._cores_per_slot)
+                held = await self._lock(self._names(), self._cores_per_slot)
             finally:
                 _release(queue)
         finally:
@@ -73,11 +77,34 @@ class ComputeBudget:
         metrics.COMPUTE_WAIT_SECONDS.labels(purpose).observe(time.monotonic() - began)
         began = time.monotonic()
         try:
-            yield
+            yield partial(self._give_way, held)
         finally:
             _release(held)
             if time.monotonic() - began > LONG_SECONDS:
                 await asyncio.to_thread(give_back_memory)
+
+    def _give_way(self, held: list[int]) -> None:
+        """Release the cores and line up again, if somebody waits for any. Blocking."""
+        if (queue := self._try("queue")) is not None:
+            _release([queue])
+            return
+        while held:
+            _release([held.pop()])
+        while (queue := self._try("queue")) is None:
+            time.sleep(_POLL_SECONDS)
+        try:
+            while True:
+                for name in self._names():
+                    if len(held) < self._cores_per_slot and (core := self._try(name)) is not None:
+                        held.append(core)
+                if len(held) == self._cores_per_slot:
+                    return
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _release([queue])
+
+    def _names(self) -> list[str]:
+        return [f"core-{number}" for number in range(self._cores)]
 
     def _tell(self, what: str) -> None:
         """Say that somebody else computes here, and who: one that is stopped or hangs holds up everybody."""

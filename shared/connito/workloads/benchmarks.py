@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +37,7 @@ LOSS = "loss"
 MOST_BYTES, MOST_ANSWERED = 4 << 20, 32_768
 # Texts that its choices make, and characters of them in all; metrics, filters and ends of answers; letters in a name or an end.
 MOST_TEXTS, MOST_ASKED, MOST_NAMED, MOST_LETTERS = 5_000, 16 << 20, 8, 40
-# More would outgrow the fact.
+# Scores that a record has, and bytes that it says of each that is left out.
 MOST_SCORES, MOST_WHY = 120, 200
 _METRICS = {CHOICE: {"acc", "acc_norm"}, ANSWER: {"exact_match"}}
 _OPTIONS = {"metric", "aggregation", "higher_is_better", "ignore_case", "ignore_punctuation", "ignore_numbers"}
@@ -55,36 +55,55 @@ async def fetch_named(source: Source, spec: RunSpec, me: Identity) -> dict[str, 
 
 
 def measure(
-    evaluator: Evaluator, tokenizer: Any, spec: RunSpec, files: Mapping[str, Path], digest: str, state: Path
+    evaluator: Evaluator,
+    tokenizer: Any,
+    spec: RunSpec,
+    files: Mapping[str, Path],
+    digest: str,
+    state: Path,
+    between: Callable[[], None] = lambda: None,
 ) -> BenchmarksMeasured:
-    """Return the scores of the base and of `state`, whose digest is `digest`; `files` are those of `fetch_named`."""
+    """Return the scores of the base and of `state`, whose digest is `digest`; `files` are those of `fetch_named`.
+
+    `between` is called before each batch, and may wait, or raise `Invalid` with why nothing more is scored.
+    """
     result = BenchmarksMeasured(run=spec.run, state=digest)
     tensors, model = load_state(state), cast(Any, evaluator.model)
 
     def leave(name: str, error: object) -> None:
         result.unscored.append(Unscored(name=name, why=cut(_shown(str(error)), MOST_WHY)))
 
+    def add(scores: Sequence[BenchmarkScore]) -> None:
+        if len(result.scores) + len(scores) > MOST_SCORES:
+            raise Invalid(f"a record has at most {MOST_SCORES} scores: the delivery report has the others")
+        result.scores.extend(scores)
+
     for corpus in spec.benchmarks:
         try:
+            between()
             text = Corpus.load(files[corpus.artifact.digest])
             # On a GPU a token without an embedding ends the process, and with it the work on other runs.
             check_vocabulary(text.largest, model.get_input_embeddings().num_embeddings, text.name)
             rows = sequences(text, spec)[:SEQUENCES]
-            before, tokens = evaluator.losses(evaluator.base, rows)
-            after, _ = evaluator.losses(tensors, rows)
-            result.scores.append(_loss(corpus.domain, before.tolist(), after.tolist(), tokens.tolist()))
+            before, tokens = evaluator.losses(evaluator.base, rows, lambda *_: between())
+            after, _ = evaluator.losses(tensors, rows, lambda *_: between())
+            add([_loss(corpus.domain, before.tolist(), after.tolist(), tokens.tolist())])
         except Invalid as error:
             leave(corpus.domain, error)
     for ref in spec.tasks:
         evaluator.restore()
         try:
+            between()
             asked = _task(files[ref.artifact.digest])
-            put = partial(evaluator.put, tensors)
-            result.scores.extend(_scores(asked, evaluator.model, tokenizer, put))
+            # An answer of many tokens is many passes.
+            passes = evaluator.model.register_forward_pre_hook(lambda *_: between())
+            try:
+                add(list(_scores(asked, evaluator.model, tokenizer, partial(evaluator.put, tensors))))
+            finally:
+                passes.remove()
         except Invalid as error:
             leave(ref.domain, error)
     evaluator.restore()
-    del result.scores[MOST_SCORES:], result.unscored[MOST_SCORES:]
     return result
 
 

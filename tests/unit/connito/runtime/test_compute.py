@@ -52,6 +52,28 @@ async def test_no_more_at_once_than_slots_and_everyone_gets_a_turn(tmp_path: Pat
     assert (peak, turns) == (slots, 6)
 
 
+async def test_long_work_lets_others_go_first(tmp_path: Path) -> None:
+    """Without one that waits it goes on at once; with one, it computes again when that is done."""
+    order: list[str] = []
+
+    async def other() -> None:
+        async with ComputeBudget(tmp_path, 1).slot("other"):
+            order.append("other")
+
+    async with asyncio.timeout(PATIENCE), ComputeBudget(tmp_path, 1).slot("long") as give_way:
+        await asyncio.to_thread(give_way)
+        order.append("long")
+        waiting = asyncio.ensure_future(other())
+        await asyncio.wait([waiting], timeout=0.2)
+        assert order == ["long"]
+        await asyncio.to_thread(give_way)
+        order.append("long")
+        again = asyncio.ensure_future(other())
+        await asyncio.wait([again], timeout=0.2)
+        assert order == ["long", "other", "long"], "it holds its slot again"
+    await again
+
+
 async def test_no_folder_no_limit() -> None:
     budget, both = ComputeBudget(None), False
     async with asyncio.timeout(PATIENCE), budget.slot("a"), budget.slot("b"):

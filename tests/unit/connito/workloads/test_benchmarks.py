@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from connito.data.corpus import Corpus
+from connito.errors import Invalid
+from connito.experts.harness import TaskScore
 from connito.experts.tasks import ANSWER, CHOICE, Task
 from connito.library.schema import read_record
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -120,3 +122,83 @@ def test_text_that_the_base_has_no_embeddings_for_is_never_put_to_it(tmp_path: P
     found = measure(Model(), None, spec, {"d": file}, "s", state)  # type: ignore[arg-type]
     assert not found.scores
     assert "holds the token 50, and the base has 50" in found.unscored[0].why
+
+
+class Passed(Embedding):
+    """A base that a task is put to."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """Return what it is given."""
+        return given
+
+
+class Losing(Model):
+    """An evaluator that has losses, three batches of them, and passes of a task."""
+
+    model = Passed()
+
+    def losses(self, _: Any, rows: Any, on_batch: Any) -> Any:
+        """Return one nat for each token."""
+        for done in range(3):
+            on_batch(done, 3)
+        return np.ones(len(rows)), np.ones(len(rows), int)
+
+
+@pytest.fixture
+def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return how a run with these exams and tasks is measured."""
+    (file := tmp_path / "task").write_bytes(CHOICES.encode())
+    save_file({"layers.0.down_proj": torch.zeros(1)}, state := tmp_path / "state.safetensors")
+    evaluator: Any = Losing()
+    tokens = np.array([1, 2, 3, 4] * 64, np.int32)
+    Corpus(tokens, np.array([0, len(tokens)])).save(exam := tmp_path / "exam.safetensors")
+    monkeypatch.setattr("connito.workloads.benchmarks.sequences", lambda *_: np.zeros((4, 3)))
+
+    def run(between: Any, exams: int = 1, tasks: int = 1, scores: int = 1) -> Any:
+        def asked(_: Any, model: Any, *__: Any) -> list[TaskScore]:
+            for _pass in range(5):
+                model(torch.zeros(1))
+            return [TaskScore("quiz", f"m{number}", 2, 0.5, 0, None, 0.5) for number in range(scores)]
+
+        monkeypatch.setattr("connito.workloads.benchmarks.compare", asked)
+        named = {
+            "benchmarks": [
+                CorpusRef(domain=f"exam{number}", artifact=ArtifactRef(digest="e")) for number in range(exams)
+            ],
+            "tasks": [CorpusRef(domain=f"quiz{number}", artifact=ArtifactRef(digest="d")) for number in range(tasks)],
+        }
+        spec = RunSpec(run="r", **cast(Any, named))
+        return measure(evaluator, None, spec, {"d": file, "e": exam}, "s", state, between)
+
+    return run
+
+
+def test_between_every_two_batches_and_passes_others_may_go_first(whole: Any) -> None:
+    calls: list[int] = []
+    found = whole(lambda: calls.append(1))
+    # Each entry once, three batches for each of base and result, and each pass of the model.
+    assert len(calls) == 2 + 6 + 5
+    assert (len(found.scores), len(found.unscored)) == (2, 0)
+    found = whole(lambda: calls.append(1))
+    assert len(calls) == 2 * (2 + 6 + 5), "nothing is left hanging on the model"
+
+
+@pytest.mark.parametrize(("after", "missing"), [(0, ["exam0", "quiz0"]), (3, ["exam0", "quiz0"]), (10, ["quiz0"])])
+def test_what_is_not_scored_in_time_is_named(whole: Any, after: int, missing: list[str]) -> None:
+    calls: list[int] = []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) > after:
+            raise Invalid("it was not scored within 1.5 hours of the run's end")
+
+    found = whole(between)
+    assert [entry.name for entry in found.unscored] == missing
+    assert {entry.why for entry in found.unscored} == {"it was not scored within 1.5 hours of the run's end"}
+
+
+def test_scores_that_a_record_has_no_room_for_are_named(whole: Any) -> None:
+    found = whole(lambda: None, exams=16, tasks=16, scores=8)
+    assert len(found.scores) == 16 + 13 * 8
+    assert [entry.name for entry in found.unscored] == ["quiz13", "quiz14", "quiz15"]
+    assert "at most 120 scores: the delivery report has the others" in found.unscored[0].why

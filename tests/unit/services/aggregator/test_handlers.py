@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from connito.library.scores import benchmark_key
 from connito.protocol.rules import quorum_fault
 from connito.protocol.scoring.counted_reports import draw, read_reports
 from connito.v1 import cycle_pb2, run_pb2
@@ -65,6 +66,18 @@ def test_what_a_run_names_is_scored_once_it_has_ended_with_an_expert(ready: Stag
 
     ready.put("library", 0, "benchmarked", run_pb2.BenchmarksMeasured(run=RUN))
     assert payloads(ready.facts, ()) == []
+
+
+def test_nothing_is_scored_for_a_record_that_will_not_have_it(ready: Stage) -> None:
+    """Once somebody has said that there will be no scores, the record says so; a score that came later would be nowhere."""
+    ready.facts.require_spec().benchmarks.add(domain="exam")
+    gate = cycle_pb2.GATE_DECISION_ACCEPTED
+    ready.put("merge", 1, "version", cycle_pb2.VersionPublished(run=RUN, cycle=1, gate=gate))
+    ready.put("run", 0, "ended", run_pb2.RunEnded(run=RUN, outcome=run_pb2.RUN_OUTCOME_COMPLETED))
+    late = run_pb2.RunPaused(run=RUN, key="UL", service="library", action=benchmark_key(RUN), detail="late")
+    ready.put("run", 0, "paused", late, "UL")
+
+    assert payloads(ready.facts) == []
 
 
 def test_nothing_is_scored_of_a_run_that_leaves_no_expert(ready: Stage) -> None:

@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 from connito.library.schema import ExpertRecord
+from connito.library.scores import benchmark_key
 from connito.v1 import run_pb2
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
@@ -101,6 +102,20 @@ def test_a_source_that_opted_out_takes_what_was_made_of_it_along() -> None:
     say(runs, "ward-notes", run_pb2.NOTICE_KIND_OPTED_OUT)
     assert [row.withdrawn for row in expert_rows(runs, seen_by(ME, ROSTER))] == [True, True, True]
     assert ids(runs, wanted=Wanted("medical")) == []
+
+
+@pytest.mark.parametrize(("notice", "shown"), [(False, "quiz acc 0.100 → 0.900 (2 items)"), (True, "")])
+def test_the_scores_of_a_row_are_those_of_its_record(notice: bool, shown: str) -> None:
+    """What comes after a notice that there will be none is on no record."""
+    runs = library()
+    runs[RUN].require_spec().tasks.add(domain="quiz")
+    late = Run(now=3_000_000, step_ms=1)
+    late.facts, late.sequences = runs[RUN], {"LIBRARY": 90, "RUNS": 90}
+    if notice:
+        late.say("run", 0, "paused", key="UL", service="library", action=benchmark_key(RUN), detail="late")
+    score = run_pb2.BenchmarkScore(name="quiz", metric="acc", items=2, before=0.1, after=0.9)
+    late.publish("library", 0, "benchmarked", run_pb2.BenchmarksMeasured(run=RUN, scores=[score]), "", "aggregator")
+    assert [row.scores for row in expert_rows(runs, seen_by(ME, ROSTER))] == [shown]
 
 
 def test_relatives_are_those_that_may_be_seen() -> None:

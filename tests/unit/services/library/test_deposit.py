@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
@@ -17,10 +18,12 @@ from connito.wire import subjects
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
+from connito.wire.log import Log
 from connito.wire.roster import Roster
 
 from services.library.actions import Depositor
 from tests.support.run import Run
+from tests.support.waiting import PATIENCE
 
 LIBRARY = Identity.generate(b"library".ljust(32))
 COORDINATOR = Identity.generate(b"coordinator".ljust(32))
@@ -37,6 +40,8 @@ class Stored:
     def __init__(self, *records: Record, now: float = 0.0) -> None:
         self.records, self.identity, self.now = records, LIBRARY, now
         self.written: list[tuple[str, str, run_pb2.RunPaused]] = []
+        self.told = asyncio.Event()
+        self.reads = 0
 
     async def publish_fact(
         self, run: str, section: str, cycle: int, kind: str, message: run_pb2.RunPaused, id_: str
@@ -48,6 +53,13 @@ class Stored:
     async def time(self) -> float:
         """The broker's clock."""
         return self.now
+
+    async def follow(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
+        """Yield one more record as soon as it is told."""
+        self.reads += 1
+        await self.told.wait()
+        yield cast(Any, "news")
+        await asyncio.Event().wait()
 
     async def stored(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
         for each in self.records:
@@ -75,6 +87,7 @@ class Given(Depositor):
         self.run, self.stored, self.made = run, bus, list[Any]()
 
     async def _read_run(self, run: str) -> Any:
+        self.stored.reads += 1
         for _, _, message in self.stored.written:
             self.run.put("run", 0, "paused", message, message.key)
         self.stored.written.clear()
@@ -105,14 +118,46 @@ async def test_scores_that_nobody_writes_are_waited_for_until_they_are_late(monk
     library = Given(bus, run)
     with pytest.raises(Retry, match="not scored on its benchmarks yet"):
         await library.handle(cast(Any, None))
+    for _ in range(50):
+        with pytest.raises(Retry, match="not scored on its benchmarks yet"):
+            await library.handle(cast(Any, None))
+        await asyncio.sleep(0)
     assert not library.made
+    assert bus.reads == 2, "the log is read once, and then followed"
     bus.now += 1
+    (awaited,) = library._awaited.values()
+    async with asyncio.timeout(PATIENCE):
+        await awaited
     with pytest.raises(Invalid, match="enough"):
         await library.handle(cast(Any, None))
     assert library.made == [{"quiz": "no aggregator scored it within 2 hours"}]
     (notice,) = [fact.message for fact in run.facts.many(run_pb2.RunPaused, "run", 0, "paused").values()]
     assert (notice.service, notice.action) == ("library", benchmark_key("r"))
     assert run.facts.paused == [], "whoever waits for the expert must not take this for the end of it"
+
+
+async def test_scores_that_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished()
+    ended = run.facts.ended_fact
+    assert ended is not None
+    monkeypatch.setattr("services.library.actions.verify_fact", lambda *_: ended)
+
+    class Told(Log):
+        def apply(self, _: Record) -> Any:
+            self.runs["r"] = run.facts
+
+    monkeypatch.setattr("services.library.actions.Log", Told)
+    bus = Stored(now=ended.time_unix_ms / 1000)
+    library = Given(bus, run)
+    with pytest.raises(Retry, match="not scored on its benchmarks yet"):
+        await library.handle(cast(Any, None))
+    run.put("library", 0, "benchmarked", run_pb2.BenchmarksMeasured(run="r"))
+    bus.told.set()
+    async with asyncio.timeout(PATIENCE):
+        await library._awaited["r"]
+    with pytest.raises(Invalid, match="enough"):
+        await library.handle(cast(Any, None))
+    assert library.made == [{}]
 
 
 async def test_an_older_notice_of_the_library_keeps_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
