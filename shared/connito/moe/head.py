@@ -6,7 +6,7 @@ frozen: its loss and the gradient of its input are computed chunk by chunk, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +80,18 @@ class Head:
             for i in range(0, len(flat), step)
         ]
         return torch.cat(parts).view(targets.shape)
+
+    def logits(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the logits of one sequence's ids [L] in their order, float32 [n, V], a few tokens at a time. No gradients."""
+        with torch.no_grad():
+            if self.body is None:
+                yield self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+                return
+            hidden = self.body(input_ids=ids[None], use_cache=False).last_hidden_state
+            step = max(1, HEAD_VALUES // self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+            for part in hidden[0].split(step):
+                made = _logits_of(self.model, self.body, part[None])[0] if self.output is None else self.output(part)
+                yield made.float()
 
     def _part(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return _full_nll(_logits_of(self.model, self.body, hidden[None]), targets[None])[0]

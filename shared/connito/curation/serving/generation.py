@@ -18,7 +18,9 @@ from transformers.generation.continuous_batching import cb_logits_processors as 
 
 from connito.curation.serving.errors import RefusedError
 from connito.curation.serving.requests import Sampling
+from connito.curation.serving.scoring import Scores, score
 from connito.experts.table import BASE, ExpertTable
+from connito.moe.head import Head
 
 PAGE = 32
 
@@ -75,6 +77,8 @@ class Generator:
             for kind in (_TopK, _TopP):
                 if type(found) is kind.__base__:
                     found.__class__ = kind
+        table.model.requires_grad_(False)
+        self._head = Head(table.model)
         self._hook = table.model.register_forward_pre_hook(self._place, with_kwargs=True)
 
     def start(self) -> None:
@@ -91,6 +95,10 @@ class Generator:
         """Return whether requests are computed."""
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
 
+    def _require_alive(self) -> None:
+        if not self.alive():
+            raise RefusedError(503, "the model is not running; see the server's log")
+
     def busy(self) -> int:
         """Return how many requests wait or are computed."""
         return len(self._slot_of)
@@ -106,8 +114,7 @@ class Generator:
 
     async def answer(self, ids: list[int], slot: int, how: Sampling) -> AsyncGenerator[list[int]]:
         """Give new tokens as they come; leaving early cancels the request. Raises `RefusedError` where it cannot be computed."""
-        if not self.alive():
-            raise RefusedError(503, "the model is not running; see the server's log")
+        self._require_alive()
         name, steps, loop = f"r{next(self._numbers)}", asyncio.Queue[Any](), asyncio.get_running_loop()
         router = self._manager.output_router
         self._slot_of[name] = slot
@@ -133,6 +140,16 @@ class Generator:
             while not router.output_queue.empty():
                 router.output_queue.get_nowait()
 
+    def score(self, ids: list[int], slot: int, count: int, *, ahead: bool) -> Scores:
+        """Return the scores of a prompt, between two batches: nothing else is computed meanwhile, so one call at a time."""
+        self._require_alive()
+        with self.paused():
+            self.table.token_slots = torch.full((len(ids),), slot, device=self.table.device)
+            try:
+                return score(self._head, ids, count, ahead=ahead)
+            finally:
+                self.table.token_slots = None
+
     def _add(self, name: str, ids: list[int], how: Sampling) -> None:
         greedy = how.temperature < 1e-3
         self._manager.add_request(
@@ -143,8 +160,7 @@ class Generator:
 
     def _place(self, _: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Tell the table whose tokens the batch holds, in their order."""
-        if "cu_seq_lens_q" not in keywords:
-            self.table.token_slots = None
+        if "cu_seq_lens_q" not in keywords:  # A prompt that is scored, whose slots are there.
             return
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         slots = torch.tensor(

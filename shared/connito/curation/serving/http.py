@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -127,10 +128,10 @@ async def _answer(
         await asyncio.wait({gathering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not gathering.done():
             return Response(status_code=499)
-        texts, ends = gathering.result()
+        answers = gathering.result()
     finally:
         await end_tasks((gathering, leaving))
-    choices = [form.whole(index, text, ends[index]) for index, text in enumerate(texts)]
+    choices = [form.whole(piece) for piece in answers]
     return JSONResponse(form.head(work, asked.model, whole=True) | {"choices": choices, "usage": work.usage.document()})
 
 
@@ -139,14 +140,12 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _gather(server: Server, work: Work) -> tuple[list[str], list[str]]:
-    count = len(work.prompts) * work.n
-    texts, ends = [""] * count, [""] * count
+async def _gather(server: Server, work: Work) -> list[Piece]:
+    found = [Piece(index, "") for index in range(len(work.prompts) * work.n)]
     async with aclosing(server.pieces(work)) as pieces:
         async for piece in pieces:
-            texts[piece.index] += piece.text
-            ends[piece.index] = piece.finish or ends[piece.index]
-    return texts, ends
+            found[piece.index] = replace(piece, text=found[piece.index].text + piece.text)
+    return found
 
 
 async def _events(server: Server, work: Work, asked: ChatRequest | CompletionRequest, form: Form) -> AsyncIterator[str]:
@@ -188,13 +187,13 @@ class Form:
         """Return the choices that open a stream."""
         return []
 
-    def whole(self, index: int, text: str, finish: str) -> dict[str, object]:
+    def whole(self, piece: Piece) -> dict[str, object]:
         """Return a whole answer."""
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+        return self.part(piece)
 
     def part(self, piece: Piece) -> dict[str, object]:
         """Return a piece of an answer."""
-        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish, "logprobs": None}
+        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish, "logprobs": piece.logprobs}
 
 
 class _Chat(Form):
@@ -202,9 +201,9 @@ class _Chat(Form):
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None} for index in range(count)]
 
-    def whole(self, index: int, text: str, finish: str) -> dict[str, object]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "finish_reason": finish, "logprobs": None}
+    def whole(self, piece: Piece) -> dict[str, object]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.index, "message": message, "finish_reason": piece.finish, "logprobs": None}
 
     def part(self, piece: Piece) -> dict[str, object]:
         delta = {"content": piece.text} if piece.text else {}

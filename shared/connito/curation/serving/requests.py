@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from connito.curation.serving.errors import RefusedError
 
-MAX_SEQUENCES = 32
+MAX_SEQUENCES, MAX_LIKELIEST = 32, 5
 Text = Annotated[str, Field(max_length=1 << 22)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -78,13 +78,33 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions: a text, token ids, or several of one kind."""
+    """POST /v1/completions: a text, token ids, or several of one kind.
+
+    With `echo` and `logprobs` the prompt's own tokens are scored, beside `logprobs` of the likeliest in their places; at most
+    one token, the likeliest, comes after them.
+    """
 
     prompt: Annotated[list[Text | Ids], Field(min_length=1), BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
 
     def limit(self) -> int | None:
         """Return the most tokens of an answer: 16 where the request does not say, as in the interface."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def scores(self) -> bool:
+        """Return whether the prompt is to be scored. Raises `RefusedError` for what is neither that nor an answer."""
+        if not self.echo and not self.logprobs:
+            if self.max_tokens == 0:
+                raise RefusedError(400, "max_tokens: an answer has at least one token", param="max_tokens")
+            return False
+        if not self.echo or self.logprobs is None or self.limit() > 1 or (self.n or 1) > 1 or self.stream:  # type: ignore[operator]
+            raise RefusedError(
+                400, "this server does echo and logprobs together, with max_tokens 0 or 1, one n and no stream: they score the "
+                "prompt; leave them out for an answer", code="unsupported_parameter", param="echo" if self.echo else "logprobs",
+            )  # fmt: skip
+        return True
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)

@@ -14,6 +14,7 @@ from connito.curation.serving.errors import RefusedError
 from connito.curation.serving.generation import Generator
 from connito.curation.serving.requests import ChatRequest, CompletionRequest, Sampling, sequences
 from connito.curation.serving.roster import BASE_ALONE, Asked, Loaded, Roster
+from connito.curation.serving.scoring import document
 from connito.curation.serving.text import Writer
 from connito.errors import Retry
 from connito.library.governance import Viewer
@@ -43,12 +44,13 @@ class Piece:
 
     index: int
     text: str
+    logprobs: dict[str, list[Any]] | None = None
     finish: str | None = None
 
 
 @dataclass
 class Work:
-    """One request that will be answered: prompts as ids, each `n` times."""
+    """One request that will be answered: prompts as ids, each `n` times. `likeliest`: prompts are scored, beside so many."""
 
     asked: Asked
     viewer: Viewer
@@ -57,6 +59,7 @@ class Work:
     stops: list[str]
     usage: Usage
     n: int = 1
+    likeliest: int | None = None
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -70,21 +73,23 @@ class Server:
         self._waiting, self._seconds = waiting, seconds
         # Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()), default=1)
-        self._changing, self._thread_bound = asyncio.Lock(), asyncio.Lock()
+        self._changing, self._thread_bound, self._scoring = asyncio.Lock(), asyncio.Lock(), 0
 
     async def prepare(self, request: ChatRequest | CompletionRequest, viewer: Viewer) -> Work:
         """Read a request as far as it can be without the model. Raises `RefusedError`."""
+        scored = isinstance(request, CompletionRequest) and request.scores()
+        likeliest = request.logprobs if isinstance(request, CompletionRequest) and scored else None
         asked = self.roster.read(request.model)
         async with self._thread_bound:
             await asyncio.to_thread(self.roster.permit, asked, viewer, self._seconds)
         given = request.prompt if isinstance(request, CompletionRequest) else [request]
         wanted = sequences(request, given)
-        if self.generator.busy() + wanted > self._waiting:
+        if self.generator.busy() + self._scoring + wanted > self._waiting:
             raise RefusedError(429, "too many requests wait already; try again", code="rate_limit_exceeded")
         prompts = [await asyncio.to_thread(self._ids, prompt) for prompt in given]
-        how = self._sampling(request, max(map(len, prompts)))
+        how = self._sampling(request, max(map(len, prompts)), answers=likeliest is None)
         usage = Usage(sum(map(len, prompts)))
-        return Work(asked, viewer, prompts, how, request.stop, usage, request.n or 1)
+        return Work(asked, viewer, prompts, how, request.stop, usage, request.n or 1, likeliest)
 
     async def pieces(self, work: Work) -> AsyncGenerator[Piece]:
         """Give the answers' text as it comes, those of one request interleaved. Leaving early cancels them."""
@@ -92,7 +97,9 @@ class Server:
             self.roster.use(work.asked, work.viewer)
             queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
             jobs = [
-                asyncio.create_task(self._one(index, ids, loaded, work, queue))
+                asyncio.create_task(
+                    (self._one if work.likeliest is None else self._scored)(index, ids, loaded, work, queue)
+                )
                 for index, ids in enumerate(ids for ids in work.prompts for _ in range(work.n))
             ]
             left = len(jobs)
@@ -166,12 +173,33 @@ class Server:
                     if ended or writer.stopped:
                         finish = "stop"
                         break
-            queue.put_nowait(Piece(index, writer.rest(), finish))
+            queue.put_nowait(Piece(index, writer.rest(), finish=finish))
         except RefusedError as error:
             queue.put_nowait(error)
         except Exception as error:
             log.exception("an answer failed")
             queue.put_nowait(RefusedError(500, f"the answer failed: {type(error).__name__}"))
+
+    async def _scored(
+        self, index: int, ids: list[int], loaded: Loaded, work: Work, queue: asyncio.Queue[Piece | Exception]
+    ) -> None:
+        """Write a prompt and its scores into the queue, or what went wrong."""
+        self._scoring += 1
+        try:
+            async with self._changing:
+                if loaded.gone:
+                    raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
+                count, ahead = work.likeliest or 0, work.how.max_tokens > 0
+                found = await asyncio.to_thread(self.generator.score, ids, loaded.slot, count, ahead=ahead)
+            work.usage.completion += ahead
+            queue.put_nowait(Piece(index, *await asyncio.to_thread(document, self._tokenizer, found), finish="length"))
+        except RefusedError as error:
+            queue.put_nowait(error)
+        except Exception as error:
+            log.exception("a prompt could not be scored")
+            queue.put_nowait(RefusedError(500, f"the prompt could not be scored: {type(error).__name__}"))
+        finally:
+            self._scoring -= 1
 
     def _ids(self, prompt: str | list[int] | ChatRequest) -> list[int]:
         self._check_length(prompt)
@@ -214,13 +242,14 @@ class Server:
             ) from error
         return list(made["input_ids"])
 
-    def _sampling(self, request: ChatRequest | CompletionRequest, prompt: int) -> Sampling:
+    def _sampling(self, request: ChatRequest | CompletionRequest, prompt: int, *, answers: bool) -> Sampling:
         room, wanted = self.generator.context - prompt, request.limit()
-        if room < 1 or (wanted or 0) > room:
+        if room < (max(1, wanted or 1) if answers else 0):
             asked = f"{prompt} tokens of prompt" + (f" and {wanted} of answer" if wanted else "")
             raise RefusedError(
                 400, f"the model's context is {self.generator.context} tokens, and this request has {asked}: shorten one",
                 code="context_length_exceeded", param="messages" if isinstance(request, ChatRequest) else "prompt",
             )  # fmt: skip
+        most = room if wanted is None else wanted
         given = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
-        return Sampling(wanted or room, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Sampling(most, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

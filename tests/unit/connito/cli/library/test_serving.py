@@ -147,6 +147,76 @@ def test_streams_models_and_usage_are_as_the_official_client_expects(start: Any,
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
 
 
+def test_a_prompt_is_scored_as_the_merged_model_scores_it_while_others_are_answered(
+    start: Any, stocked: Any, tiny: Path, parts: dict[str, Part]
+) -> None:
+    running, words = start(), load_tokenizer(tiny)
+    names = {"tiny": {}, **{f"tiny+{stocked[1][domain]}": parts[domain].rows for domain in ("recipes", "logs")}}
+    prompts: list[Any] = [PROMPT * 9, [1, 2, 3, 200], "ὦ σελήνη", [7]]
+    client, beside = running.client(), {"model": f"tiny+{stocked[1]['logs']}", "prompt": PROMPT, "temperature": 0}
+    alone = client.completions.create(**beside, max_tokens=60).choices[0].text
+    answers: list[str] = []
+    for name, rows in names.items():
+        other = threading.Thread(
+            target=lambda: answers.append(client.completions.create(**beside, max_tokens=60).choices[0].text)
+        )
+        other.start()
+        given = client.completions.create(model=name, prompt=prompts, echo=True, logprobs=2, max_tokens=1)
+        other.join()
+        model = load_full(tiny)
+        if rows:
+            write_rows(model, layers_of(rows), state_of(rows))
+        assert given.usage is not None
+        assert given.usage.completion_tokens == len(prompts)
+        for prompt, choice in zip(prompts, given.choices, strict=True):
+            ids = prompt if isinstance(prompt, list) else words(prompt)["input_ids"]
+            with torch.inference_mode():
+                wanted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own = wanted[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            found = choice.logprobs
+            assert found is not None
+            assert found.token_logprobs[0] is None
+            assert torch.allclose(torch.tensor(found.token_logprobs[1:-1]), own, atol=1e-5)
+            assert found.token_logprobs[-1] == pytest.approx(wanted[-1].max().item(), abs=1e-5)
+            assert choice.text == words.decode([*ids, int(wanted[-1].argmax())], skip_special_tokens=True)
+            assert [max(row.values()) for row in found.top_logprobs[1:]] == pytest.approx(
+                wanted.max(-1).values.tolist(), abs=1e-5
+            )
+            assert len(found.tokens) == len(found.text_offset) == len(ids) + 1
+            assert found.text_offset == sorted(found.text_offset)
+    assert answers == [alone] * len(names)
+    alike = client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, max_tokens=0)
+    assert alike.choices[0].text == PROMPT
+    # No server of one letter a token: every token starts where the one before it ends.
+    assert alike.choices[0].logprobs is not None
+    assert alike.choices[0].logprobs.text_offset == list(range(len(PROMPT)))
+
+
+def test_a_harness_scores_through_the_server(start: Any, stocked: Any, tiny: Path, parts: dict[str, Part]) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    running, name = start(), f"tiny+{stocked[1]['recipes']}"
+    harness = LocalCompletionsAPI(
+        base_url=f"{running.address}/v1/completions", model=name, tokenizer=str(tiny), tokenizer_backend="huggingface",
+        num_concurrent=1, max_length=512,
+    )  # fmt: skip
+    asked = [(PROMPT.strip(), "\nleek with"), (PROMPT.strip(), "qqqq"), ("[2031-01-17 08:00] 1", "0")]
+    found = harness.loglikelihood(
+        [Instance("loglikelihood", {}, (context, more), index) for index, (context, more) in enumerate(asked)]
+    )
+    model, words = load_full(tiny), load_tokenizer(tiny)
+    rows = parts["recipes"].rows
+    write_rows(model, layers_of(rows), state_of(rows))
+    for (context, more), (total, greedily) in zip(asked, found, strict=True):
+        ids, begun = words(context + more)["input_ids"], len(words(context)["input_ids"])
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[begun - 1 :, 0]
+        assert total == pytest.approx(own.sum().item(), abs=1e-4)
+        assert greedily == (logprobs.argmax(-1)[begun - 1 :].tolist() == ids[begun:])
+
+
 def test_conversations_follow_the_bases_template(start: Any, stocked: Any) -> None:
     running = start()
     said: list[Any] = [
@@ -199,7 +269,12 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (good | {"n": 32, "prompt": ["a", "b"]}, 400, "too many"),
         (good | {"temperature": -1}, 400, "temperature"),
         ('{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
-        (good | {"logprobs": 5}, 400, "does not do logprobs"),
+        (good | {"logprobs": 5}, 400, "echo and logprobs together"),
+        (good | {"echo": True}, 400, "echo and logprobs together"),
+        (good | {"echo": True, "logprobs": 1}, 400, "max_tokens 0 or 1"),
+        (good | {"echo": True, "logprobs": 6, "max_tokens": 0}, 400, "logprobs"),
+        (good | {"echo": True, "logprobs": 1, "max_tokens": 1, "stream": True}, 400, "no stream"),
+        (good | {"echo": True, "logprobs": 1, "max_tokens": 0, "prompt": "leek " * 2000}, 400, "context is"),
         (good | {"model": "gpt-4"}, 404, "does not exist"),
         (good | {"model": "tiny+"}, 404, "does not exist"),
         (good | {"model": "tiny+nobody"}, 404, "does not exist"),
