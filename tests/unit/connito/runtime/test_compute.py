@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -72,6 +73,37 @@ async def test_long_work_lets_others_go_first(tmp_path: Path) -> None:
         await asyncio.wait([again], timeout=0.2)
         assert order == ["long", "other", "long"], "it holds its slot again"
     await again
+
+
+@pytest.mark.parametrize(("seconds", "late"), [(0.016, 0.003), (0.2, 0.03), (3.0, 0.031)])
+async def test_who_waits_a_moment_is_told_within_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, late: float
+) -> None:
+    """Steps of small models are shorter than a look every 30 ms, which four miners would mostly wait for."""
+    now, holder, pause = 0.0, ComputeBudget(tmp_path, 1), asyncio.sleep
+
+    async def sleep(delay: float) -> None:
+        nonlocal now
+        now += delay
+        if now >= seconds:
+            free.set()
+        await pause(0)
+
+    free = asyncio.Event()
+
+    async def hold() -> None:
+        async with holder.slot("test"):
+            held.set()
+            await free.wait()
+
+    held = asyncio.Event()
+    monkeypatch.setattr("connito.runtime.compute.time", SimpleNamespace(monotonic=lambda: now))
+    holding = asyncio.ensure_future(hold())
+    await held.wait()
+    monkeypatch.setattr("connito.runtime.compute.asyncio.sleep", sleep)
+    await _take(ComputeBudget(tmp_path, 1))
+    await holding
+    assert seconds <= now <= seconds + late
 
 
 async def test_no_folder_no_limit() -> None:
