@@ -54,6 +54,8 @@ class Deaths:
         self._under_way: dict[str, int] = {}
         self._deaths: dict[str, Death] = {}
         self._crash: int | None = None
+        self._notes: int | None = None
+        self._length = 0
         if path is not None:
             with suppress(OSError):
                 self._begin(path)
@@ -74,6 +76,8 @@ class Deaths:
         # Kept open: the interpreter writes there when nothing else works any more.
         self._crash = os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         faulthandler.enable(self._crash, all_threads=False)
+        self._length = path.stat().st_size if path.exists() else 0
+        self._notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._write()
 
     def _died(self, action: str, cause: str) -> None:
@@ -109,18 +113,25 @@ class Deaths:
             faulthandler.disable()
             os.close(self._crash)
             self._crash = None
+        if self._notes is not None:
+            os.close(self._notes)
+            self._notes = None
 
     def _write(self) -> None:
-        """Write without waiting for the disk: a process may end here, and after a power cut nobody is to blame."""
-        if self._path is not None:
+        """Write without waiting for the disk: a process may end here, and after a power cut nobody is to blame.
+
+        In one call and over what stood there, so that a process ends before it or behind it; a new file for each action would
+        cost ten times as much.
+        """
+        if self._notes is not None:
             noted = {
                 "under_way": self._under_way,
                 "deaths": {key: asdict(death) for key, death in self._deaths.items()},
             }
-            draft = self._path.with_suffix(".new")
+            data = json.dumps(noted).encode().ljust(self._length)
+            self._length = len(data)
             with suppress(OSError):
-                draft.write_text(json.dumps(noted))
-                draft.replace(self._path)
+                os.pwrite(self._notes, data, 0)
 
     def _killed(self) -> int:
         """Return how many processes the kernel of this machine has killed for lack of memory."""
