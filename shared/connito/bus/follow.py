@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -183,7 +184,8 @@ class _Reader:
         self.next_sequence = start
         self.reached_end = reached_end
         self.live = False
-        self.hint, self.hinted = asyncio.Event(), 0
+        # What was hinted at since the last look: how often, and the newest of it.
+        self.hint, self.hints, self.hinted = asyncio.Event(), 0, 0
         self.free, self.looked_at, self.gained, self.taken = FREE_LOOKS, 0.0, 0.0, 0
         self.answers: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -248,6 +250,7 @@ class _Reader:
     async def _on_hint(self, msg: Any) -> None:
         with suppress(ValueError):
             self.hinted = max(self.hinted, int((msg.headers or {}).get("Nats-Sequence", 0)))
+            self.hints += 1
         self.news.at = self.now()
         self.hint.set()
 
@@ -283,17 +286,26 @@ class _Reader:
         return 2 * delay if missing else SOON
 
     async def _ask(self, inbox: str) -> bool:
-        """Ask for a batch and take it in; return whether there is more."""
+        """Ask for a batch, or for the one message that was hinted at, and take it in; return whether there is more.
+
+        Behind a batch the broker says that it is whole: for one message that would be half of what it sends.
+        """
         self.connection.require()
-        body: dict[str, Any] = {"seq": self.next_sequence, "batch": BATCH, "max_bytes": BATCH_BYTES}
-        if self.narrow:
+        alone, self.hints = self.live and self.hints == 1, 0
+        body: dict[str, Any] = {"seq": self.next_sequence}
+        if not alone:
+            body |= {"batch": BATCH, "max_bytes": BATCH_BYTES}
+        if alone or self.narrow:
             body["next_by_subj"] = self.filter
         with self.connection.failure_of(self.subject) as failed:
+            failed.add_done_callback(partial(_tell, self.answers))
             await self.connection.nc.publish(self.subject, json.dumps(body).encode(), reply=inbox)
             while True:
-                msg = await self._answer(failed)
+                msg = await self._answer()
                 if (record := got(self.stream, msg)) is not None:
                     await self._take(record)
+                    if alone:
+                        return record.sequence < self.hinted
                     continue
                 headers = msg.headers or {}
                 status = headers.get("Status", "")
@@ -308,22 +320,19 @@ class _Reader:
                     dependency="broker",
                 )
 
-    async def _answer(self, failed: asyncio.Future[Exception]) -> Any:
+    async def _answer(self) -> Any:
         """Return the next answer. Raises what the connection or the broker's denial says, `Retry` when none comes."""
         if self.answers.empty():
-            getting = asyncio.ensure_future(self.answers.get())
             try:
-                await asyncio.wait((getting, failed), timeout=REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    raise (
-                        failed.result()
-                        if failed.done()
-                        else Retry(f"the broker does not answer for {self.stream}", dependency="broker")
-                    )
-                return getting.result()
-            finally:
-                await end_tasks([getting])
-        return self.answers.get_nowait()
+                async with asyncio.timeout(REQUEST_TIMEOUT):
+                    answer = await self.answers.get()
+            except TimeoutError:
+                raise Retry(f"the broker does not answer for {self.stream}", dependency="broker") from None
+        else:
+            answer = self.answers.get_nowait()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def _take(self, record: Record) -> None:
         if record.sequence < self.next_sequence:
@@ -338,3 +347,9 @@ class _Reader:
         if self.live:
             self.news.at = self.now()
             metrics.EVENT_LAG_SECONDS.labels(self.stream).set(max(0.0, time.time() - record.time_unix_ms / 1000))
+
+
+def _tell(answers: asyncio.Queue[Any], failed: asyncio.Future[Exception]) -> None:
+    """Put what a question failed of among its answers."""
+    if not failed.cancelled():
+        answers.put_nowait(failed.result())

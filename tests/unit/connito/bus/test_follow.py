@@ -28,7 +28,7 @@ class Client:
     def __init__(self) -> None:
         self.stored: list[bytes] = []
         self.listening: dict[str, Callback] = {}
-        self.hints = self.looks = self.inboxes = 0
+        self.hints = self.looks = self.answers = self.inboxes = 0
         self.nc, self.on_reconnect = self, list[Callable[[], None]]()
 
     def require(self) -> None:
@@ -52,14 +52,19 @@ class Client:
 
     async def publish(self, _subject: str, data: bytes, reply: str) -> None:
         self.looks += 1
-        for number in range(json.loads(data)["seq"], len(self.stored) + 1):
+        body = json.loads(data)
+        asked = range(body["seq"], len(self.stored) + 1)[: body.get("batch", 1)]
+        for number in asked:
             headers = {
                 "Nats-Sequence": str(number),
                 "Nats-Subject": "connito.v1.r.run.0.created",
                 "Nats-Time-Stamp": "2026-11-26T13:16:43.779441275Z",
             }
+            self.answers += 1
             await self.listening[reply](SimpleNamespace(headers=headers, data=self.stored[number - 1]))
-        await self.listening[reply](SimpleNamespace(headers={"Status": "404"}, data=b""))
+        if "batch" in body or not asked:
+            self.answers += 1
+            await self.listening[reply](SimpleNamespace(headers={"Status": "404"}, data=b""))
 
     async def store(self, data: bytes) -> None:
         self.stored.append(data)
@@ -128,6 +133,25 @@ def test_a_stream_of_a_few_messages_a_second_is_read_by_hints(loop: VirtualLoop)
             await anext(items)
             await asyncio.sleep(0.2)
         assert client.looks - looks < 150, "no more than one for each message, and now and then one"
+        await items.aclose()
+
+    loop.run_until_complete(follow_it())
+
+
+def test_one_message_that_is_hinted_at_is_one_answer_and_a_lost_hint_loses_none(loop: VirtualLoop) -> None:
+    async def follow_it() -> None:
+        client = Client()
+        items = follow(client, ["RUNS"], "", {})  # type: ignore[arg-type]
+        assert isinstance(await anext(items), CaughtUp)
+        for number in range(10):
+            await asyncio.sleep(0.2)
+            answers, now = client.answers, loop.time()
+            client.stored.append(b"without a hint") if number % 2 else None
+            await client.store(b"hinted at")
+            came = [await anext(items) for _ in range(1 + number % 2)]
+            assert [one.sequence for one in came if isinstance(one, Record)][-1] == len(client.stored)
+            assert loop.time() == now
+            assert client.answers - answers == (3 if number % 2 else 1), "one, or a batch behind it"
         await items.aclose()
 
     loop.run_until_complete(follow_it())
