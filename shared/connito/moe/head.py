@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # Without gradients a tile of so many tokens meets the output layer block by block. A block of weights is then prepared for
 # multiplication once for all of them; with few tokens and all words at a time that preparation takes as long as the product.
 TILE_TOKENS, BLOCK_WORDS = 1024, 4096
+
+
+# What was measured of each model that is still there: a cycle's training makes several heads of one.
+_SPLIT: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 class Head:
@@ -183,6 +188,13 @@ def _split(model: Any) -> tuple[Any, Any]:
     body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
     if output is None or body is None or body is model or output.weight.requires_grad:
         return None, None
+    if model not in _SPLIT:
+        _SPLIT[model] = _measured(model, body, output)
+    return _SPLIT[model]
+
+
+def _measured(model: Any, body: Any, output: Any) -> tuple[Any, Any]:
+    """Return what `_split` does, by a few tokens that go through all of the model."""
     ids = torch.arange(4, device=output.weight.device)[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -93,3 +94,21 @@ def test_losses_by_blocks_of_words_are_those_of_cross_entropy(monkeypatch: pytes
     hidden[3] = torch.nan
     broken: Any = head.ChunkedNLL.apply(hidden, weight, offset, targets)  # type: ignore[no-untyped-call]
     assert broken.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_a_model_is_measured_once(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cycle's training makes several heads of one model; a forward through all of it for each is what a step costs."""
+    measure, measured = head._measured, list[Any]()
+
+    def counted(model: Any, body: Any, output: Any) -> Any:
+        measured.append(model)
+        return measure(model, body, output)
+
+    monkeypatch.setattr(head, "_measured", counted)
+    other = copy.deepcopy(full)
+    first, again = head.Head(full), head.Head(full)
+    assert (again.body, again.output) == (first.body, first.output) == (full.model, full.lm_head)
+    assert head.Head(other).body is other.model
+    assert measured == [full, other]
+    other.lm_head.weight.requires_grad_()
+    assert head.Head(other).body is None, "a layer that learns is not left out of a gradient"
