@@ -100,11 +100,13 @@ class ContentCheck:
             spec, selection = facts.require_spec(), facts.require_selection()
             refusal = await asyncio.to_thread(check_artifact, found, artifact, start, spec, selection)
             self._bases[base.digest] = start
+            self._bases.move_to_end(base.digest)
             if len(self._bases) > BASES:
                 self._bases.popitem(last=False)
             return refusal
 
-        known = self._bases.pop(base.digest, None)
+        # It stays there for those who are examined beside this one: each would hash all of it anew.
+        known = self._bases.get(base.digest)
         if known is not None:
             # It may be gone from the cache by now, or a disk return other bytes than before.
             with suppress(ConnitoError, OSError):

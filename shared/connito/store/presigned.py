@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import functools
 import hashlib
 import hmac
 import http.client
@@ -68,11 +69,17 @@ def presign(
     canonical_headers = "".join(f"{name}:{signed[name].strip()}\n" for name in sorted(signed))
     canonical = "\n".join([method, quote(path), query, canonical_headers, names, "UNSIGNED-PAYLOAD"])
     to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
+    signature = hmac.new(_signing_key(secret_key, day, region), to_sign.encode(), hashlib.sha256).hexdigest()
+    return f"{endpoint.rstrip('/')}{quote(path)}?{query}&X-Amz-Signature={signature}"
+
+
+@functools.lru_cache(maxsize=8)
+def _signing_key(secret_key: str, day: str, region: str) -> bytes:
+    """Return the key of a day, with which each address of that day is signed."""
     key = f"AWS4{secret_key}".encode()
     for part in (day, region, "s3", "aws4_request"):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    signature = hmac.new(key, to_sign.encode(), hashlib.sha256).hexdigest()
-    return f"{endpoint.rstrip('/')}{quote(path)}?{query}&X-Amz-Signature={signature}"
+    return key
 
 
 def write_once_headers(ref: ArtifactRef) -> dict[str, str]:

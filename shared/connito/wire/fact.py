@@ -127,7 +127,9 @@ class FactSet:
 
     def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
         """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""
-        return self.facts.get(FactKey(section, cycle, kind, id_)) or self._from_shelf(section, cycle, kind).get(id_)
+        here = self._index.get((section, cycle, kind))
+        found = None if here is None else here.get(id_)
+        return found or self._from_shelf(section, cycle, kind).get(id_)
 
     def all(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
         """Return the facts of any kind by id, as they are now. Code that knows the kind uses the accessor of that kind."""

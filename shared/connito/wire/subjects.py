@@ -12,7 +12,7 @@ duplicate is impossible rather than detected.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2
@@ -40,8 +40,7 @@ def check_token(text: str, what: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class FactKey:
+class FactKey(NamedTuple):
     """The key of a fact. `section` is `run`, a window, or `library`; `id` is empty for facts of which there is one."""
 
     section: str

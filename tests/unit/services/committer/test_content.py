@@ -206,6 +206,21 @@ async def test_the_state_of_a_cycle_is_hashed_once_and_again_before_a_refusal(
     assert shelf.began == [theta(1).digest] * 2
 
 
+async def test_a_state_is_hashed_once_for_all_that_are_examined_at_once(facts: RunFacts, shelf: Shelf) -> None:
+    shelf.upload.write_bytes(save(STATE))
+    check = ContentCheck(shelf, 4)  # type: ignore[arg-type]
+    assert await check(facts, artifact("ma", 1), theta(1)) is None
+    assert len(shelf.began) == 1
+    uploads = [ArtifactRef(digest=f"{number:064x}", size=number) for number in range(1, 9)]
+
+    async def uploaded(_ref: ArtifactRef) -> bytes:
+        return shelf.upload.read_bytes()
+
+    shelf.get_bytes = uploaded  # type: ignore[assignment]
+    assert await asyncio.gather(*(check(facts, upload, theta(1)) for upload in uploads)) == [None] * 8
+    assert len(shelf.began) == 1
+
+
 async def test_a_state_that_is_gone_from_the_cache_is_fetched_again(
     facts: RunFacts, shelf: Shelf, check: ContentCheck
 ) -> None:
