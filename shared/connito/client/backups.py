@@ -200,7 +200,7 @@ async def _store(store: ArtifactStore, folder: Path, key: str, media_type: str) 
     ref = ref_of_key(key, 0)
     if ref.realm != PRIVATE:
         _check(folder / key, ref.digest)
-        await store.put_file(folder / key, media_type, ref.realm)
+        await store.put_file(folder / key, media_type, ref.realm, anew=True)
         return
     with (folder / key).open("rb") as file:
         if not whole(file.read):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -87,10 +87,16 @@ def line(wait: Wait) -> str:
     return cut(" ".join(str(wait).split()), _MAX_ERROR)
 
 
-async def watch(data: DataDir, hindered: Hindered, display: Display) -> NoReturn:
-    """Look and show for ever. Raises `Fatal` when too few are left that try, `Retry` when too few could do anything for long."""
+async def watch(
+    data: DataDir, hindered: Hindered, display: Display, mend: Callable[[Sequence[Wait]], Awaitable[Sequence[str]]]
+) -> NoReturn:
+    """Look, show and `mend` for ever. Raises `Fatal` when too few are left that try, `Retry` when too few could do anything for
+    long.
+    """
     while True:
         found = [wait for wait in await asyncio.to_thread(waits, data) if wait.run in (hindered.run, "")]
+        for done in await mend(found):
+            display.say(done)
         display.hindrances(hindered.lines(found))
         error = hindered.verdict(found, time.monotonic(), data.logs)
         if error is not None:

@@ -272,16 +272,20 @@ class _Up:
                 client.close()
 
     async def _follow(self, installation: Installation, spec: RunSpec) -> RunFacts:
+        from connito.local.healing import Healer
         from connito.local.hindered import Hindered, watch
         from connito.local.log import deposit_refused, follow_run
+        from connito.store.cache import Cache
         from connito.v1.run_pb2 import RUN_OUTCOME_COMPLETED
 
         run = spec.run
         hindered = Hindered(run, installation.groups(spec))
+        healer = Healer(installation.store, (Cache(self.data.cache), Cache(installation.miner_cache)))
         opened = asyncio.Event()
 
         def noticed(fact: Fact, facts: RunFacts) -> None:
             hindered.moved = time.monotonic()
+            healer.facts = facts
             if fact.key.section == "train" and fact.key.cycle == 1 and fact.key.kind == "opened":
                 self._lap("assembling")
                 opened.set()
@@ -300,7 +304,7 @@ class _Up:
             follow_run(installation.bus, installation.roster, run, installation.names, self.display, over, noticed)
         )
         refused = asyncio.create_task(deposit_refused(installation.bus, run))
-        watching = asyncio.create_task(watch(self.data, hindered, self.display))
+        watching = asyncio.create_task(watch(self.data, hindered, self.display, healer.heal))
         tasks, telling = (following, refused, watching), asyncio.create_task(tell())
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -121,26 +121,28 @@ class ArtifactStore:
         *,
         cache: bool = False,
         known: ArtifactRef | None = None,
+        anew: bool = False,
     ) -> ArtifactRef:
         """Store a file, streaming; no upload if it is there. `cache`: also put it into the local cache. `known`: its reference,
-        where it was hashed while it was written.
+        where it was hashed while it was written. `anew`: also over what lies there, which may be damaged.
         """
 
         def put() -> ArtifactRef:
             ref = known or ref_of_file(path, media_type, place)
             with path.open("rb") as file:
-                self._put(ref, file)
+                self._put(ref, file, anew=anew)
             if cache:
                 self.cache.adopt(path, ref)
             return ref
 
         return await self._call("put", str(path), put)
 
-    def _put(self, ref: ArtifactRef, body: Any) -> None:
+    def _put(self, ref: ArtifactRef, body: Any, *, anew: bool = False) -> None:
         key = key_of(ref)
         # One that has lain there for long may be nobody's, and about to be collected: the new one is young.
         size = private.stored_bytes(ref.size) if ref.realm == PRIVATE else ref.size
-        if (found := self._status(key)) is not None and found.size == size and found.age_s < FRESH_SECONDS:
+        found = None if anew else self._status(key)
+        if found is not None and found.size == size and found.age_s < FRESH_SECONDS:
             return
         if ref.realm == PRIVATE:
             body = private.closed(body, ref.secret, self._keys.key(ref, self._sealed))
@@ -191,7 +193,7 @@ class ArtifactStore:
             # What was in the cache says nothing about the store.
             self._answered("disk")
         elif stored and await self.stat(ref) is None:
-            raise ObjectMissing(f"the store has no {ref.digest}")
+            raise ObjectMissing(f"the store has no {ref.digest}; restore it from a copy")
         return path
 
     async def download(self, ref: ArtifactRef, path: Path) -> None:

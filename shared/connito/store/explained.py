@@ -8,7 +8,7 @@ import urllib3
 from minio.error import InvalidResponseError, S3Error, ServerError
 
 from connito.errors import ConnitoError, ObjectMissing, Retry, Unusable
-from connito.store.presigned import disk_or_network
+from connito.store.presigned import UNREADABLE, disk_or_network, unreadable
 from connito.v1 import reasons_pb2 as reasons
 
 _DENIED = {
@@ -18,6 +18,7 @@ _DENIED = {
     "RequestTimeTooSkewed",
     "AuthorizationHeaderMalformed",
 }
+READING = {"fetch", "get", "range", "copy"}
 MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound"}
 
 
@@ -28,7 +29,7 @@ def explained(error: Exception, operation: str, what: str, endpoint: str, bucket
         return error
     if isinstance(error, S3Error):
         if error.code in MISSING:
-            return ObjectMissing(f"the store has no {what}")
+            return ObjectMissing(f"the store has no {what}; restore it from a copy")
         if error.code == "NoSuchBucket":
             text = f"the store has no bucket {bucket} yet; create it or check CONNITO_S3_BUCKET"
             return Retry(text, dependency="store")
@@ -39,10 +40,12 @@ def explained(error: Exception, operation: str, what: str, endpoint: str, bucket
                 dependency="credentials",
                 reason=reasons.REASON_NOT_PERMITTED,
             )
-        broken = "; if this stays, restore its files from a copy" if error.code == "InternalError" else ""
-        return Retry(f"{away}: {error.code} {error.message}{broken}", dependency="store")
+        if error.code == UNREADABLE and operation in READING:
+            return unreadable(what, endpoint)
+        return Retry(f"{away}: {error.code} {error.message}", dependency="store")
     if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
-        return Retry(f"{away}: {error}", dependency="store")
+        # What a proxy answers in place of the store is a page.
+        return Retry(f"{away}: {str(error).partition(', Body:')[0]}", dependency="store")
     if isinstance(error, OSError):
         return disk_or_network(error, Path(error.filename or what), away)
     return error

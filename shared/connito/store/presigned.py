@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import http.client
 import os
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from connito.v1.artifacts_pb2 import REALM_PRIVATE, ArtifactRef
 from connito.wire import private
 
 CHUNK = 1 << 20
+# What a store says that answers, and has no whole copy of what is asked for.
+UNREADABLE = "InternalError"
+_CODE, _MESSAGE = re.compile(r"<Code>([^<]*)</Code>"), re.compile(r"<Message>([^<]*)</Message>")
 Progress = Callable[[int, int], None]
 
 
@@ -166,7 +170,7 @@ def _get(url: str, ref: ArtifactRef, path: Path, key: bytes, progress: Progress 
         connection.request("GET", target)
         response = connection.getresponse()
         if response.status != 200:
-            _check_status(response.status, response.read(2000).decode(errors="replace"), url)
+            _check_status(response.status, response.read(2000).decode(errors="replace"), url, ref.digest)
         read = _whole(response)
         read = private.opened(read, ref, key).read if ref.realm == REALM_PRIVATE else read
         save_verified(read, ref, partial, progress)
@@ -205,8 +209,7 @@ def save_verified(read: Callable[[int], bytes], ref: ArtifactRef, path: Path, pr
             if progress is not None:
                 progress(size, ref.size)
     metrics.STORE_BYTES.labels("down").inc(size)
-    if size < ref.size:
-        raise Retry(f"the download of {ref.digest[:12]}… ended after {size} of {ref.size} bytes", dependency="store")
+    # A download that breaks off ends in an error of its own: one that ends is all there is.
     if size != ref.size or digest.hexdigest() != ref.digest:
         raise ObjectDamaged(
             f"what the store returned for {ref.digest} is not it (size or SHA-256 differs); its object is damaged or "
@@ -233,12 +236,24 @@ def disk_or_network(error: OSError, path: Path, what: str) -> Exception:
     return Retry(f"{what} broke off: {error}", dependency="store")
 
 
-def _check_status(status: int, body: str, url: str) -> None:
+def unreadable(digest: str, endpoint: str) -> Retry:
+    """Return the fault of a store that answers, and cannot read one object."""
+    return Retry(
+        f"the store at {endpoint} answers, and cannot read {digest}: the object is damaged there, or a part of the store is "
+        "away; if this stays, restore it from a copy",
+        dependency="object",
+    )
+
+
+def _check_status(status: int, body: str, url: str, wanted: str = "") -> None:
     if status in (200, 201, 204):
         return
-    where, summary = urlsplit(url).netloc, " ".join(body.split())[:300]
+    where, told = urlsplit(url).netloc, [found[1] for part in (_CODE, _MESSAGE) if (found := part.search(body))]
+    summary = ": ".join(told) if told else " ".join(body.split())[:300]
     if status == 404:
-        raise ObjectMissing(f"the store at {where} has no such object")
+        raise ObjectMissing(f"the store at {where} has no {wanted or 'such object'}; restore it from a copy")
+    if wanted and told[:1] == [UNREADABLE]:
+        raise unreadable(wanted, where)
     if status in (401, 403):
         raise Unusable(
             f"the store at {where} refuses this URL: it is expired, or for other content; ask for a new one ({summary})",
