@@ -2,9 +2,9 @@
 
 Twenty submissions of random moves from one state, alone and with as many of the cycle before, which they are held against. Each
 time is taken after the files were dropped from the kernel's cache, and the gate measures nothing. Forwards of a model,
-fetching and unlocking are not in it.
+fetching and unlocking are not in it. Products have one thread each, as services set it.
 
-    python -m bench.merge_pass --quick
+    OPENBLAS_NUM_THREADS=1 python -m bench.merge_pass --quick
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -32,3 +33,14 @@ def test_no_model_library_is_imported_and_memory_is_small(name: str, forbidden: 
     found = json.loads(subprocess.run(probe, capture_output=True, check=True).stdout)
     assert forbidden & set(found["modules"]) == set()
     assert found["mb"] < 120
+
+
+def test_products_are_not_spread_over_cores_beside_threads_of_our_own() -> None:
+    """A merge of forty files took two and a half times the CPU seconds where they were (`bench.merge_pass`)."""
+    code = (
+        "import services.aggregator.actions, numpy, os;"
+        "numpy.ones((900, 900)) @ numpy.ones((900, 900)); print(len(os.listdir('/proc/self/task')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1", done.stderr
