@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import aclosing
 
+from connito.bus.desk import Desk
 from connito.bus.guard import Guard
 from connito.runtime.limits import RateLimit
 from connito.service import rpc
@@ -39,7 +40,9 @@ async def main(
             ctx.bus, state, STREAMS, decide_now, committer.perform, service="committer", kept=ctx.kept(STREAMS)
         )
         life.start(engine.run())
-        life.start(Guard(settings.nats_url, ctx.identity, "committer", settings.tls).watch())
+        guard = Guard(settings.nats_url, ctx.identity, "committer", settings.tls)
+        life.start(guard.watch())
+        life.start(Desk(settings.nats_url, ctx.identity, "committer", settings.tls, guard.shut_out).serve())
         if not await life.finishes(engine.caught_up.wait()):
             return
         servicer = (services_pb2_grpc.add_SubmissionServiceServicer_to_server, api, NAME)

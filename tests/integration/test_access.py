@@ -23,6 +23,7 @@ from connito.wire.log import Log
 from connito.wire.passes import parse
 from connito.wire.roster import Roster
 
+from tests.support.desk import desk
 from tests.support.waiting import PATIENCE
 
 # The client library leaves sockets of refused logins to the garbage collector.
@@ -84,7 +85,8 @@ async def broker(tmp_path: Path, access: Access) -> AsyncIterator[NatsServer]:
         operator = Identity.load(access.folder / "keys" / "operator.nk")
         async with await Bus.connect(server.url, operator, "operator") as bus:
             await streams.ensure(bus.js)
-        yield server
+        async with desk(server.url, key_of(access, "committer")):
+            yield server
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from connito.wire.roster import Roster
 from connito.wire.verification import verify_fact
 
 from tests.integration.conftest import BusFactory, declare_streams
+from tests.support.desk import desk
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -176,7 +177,8 @@ class TestPermissions:
             async with await Bus.connect(server.url, operator, "operator") as bus:
                 await streams.ensure(bus.js)
             identities["miner"] = accounts.welcome("miner", identities["miner"])
-            yield server
+            async with desk(server.url, accounts.welcome("committer", identities["committer"])):
+                yield server
 
     async def test_denied_publish_names_the_subject(
         self, guarded: Any, bus_factory: BusFactory, identities: dict[str, Identity], run_id: str

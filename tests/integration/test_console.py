@@ -24,6 +24,7 @@ from connito.wire.subjects import DLQ_ROOT
 from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
+from tests.support.desk import desk
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -214,10 +215,11 @@ async def test_a_customers_permissions_are_enough(
             await create({"coordinator": bus}, run_id)
         console = Console("console", tmp_path / "console", customer, roster, {"CONNITO_NATS_URL": server.url})
         try:
-            address = await console.start().read_everything()
-            assert run_id in (await browser.get(address)).text
-            page = (await browser.get(address + "/bus")).text
-            assert "connected" in page
+            async with desk(server.url, accounts.welcome("committer", identities["committer"])):
+                address = await console.start().read_everything()
+                assert run_id in (await browser.get(address)).text
+                page = (await browser.get(address + "/bus")).text
+                assert "connected" in page
         finally:
             console.kill()
 

@@ -6,15 +6,23 @@ The committer is a process of its own; the flood is sent by a key with a good pa
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
 import psutil
 import pytest
-from connito.bus import CaughtUp
+from connito.bus import Bus, CaughtUp
+from connito.bus.desk import BURST, PER_SECOND
+from connito.bus.follow import BATCH_BYTES
+from connito.bus.permissions import ANSWERED, ASKED
+from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2
 from connito.wire.envelope import seal
+from connito.wire.identity import Identity
 from connito.wire.subjects import ingress
 
 from tests.integration.test_committer import (
@@ -33,7 +41,7 @@ __all__ = ["make_miner", "stage", "start"]
 
 pytestmark = pytest.mark.integration
 
-PER_SECOND, SECONDS = 1000, 4
+RATE, SECONDS = 1000, 4
 
 
 def no_signature(miner: Miner, run: str, number: int) -> tuple[str, bytes]:
@@ -75,13 +83,13 @@ Make = Callable[[Miner, str, int], tuple[str, bytes]]
 @asynccontextmanager
 async def flood(miner: Miner, run: str, make: Make) -> AsyncIterator[None]:
     """Send at the rate from before the block is entered until it is left, and at least for the whole time."""
-    data = [make(miner, run, number) for number in range(PER_SECOND * SECONDS)]
+    data = [make(miner, run, number) for number in range(RATE * SECONDS)]
 
     async def shout() -> None:
         began = time.monotonic()
         for number, (subject, body) in enumerate(data):
             await miner.bus.connection.nc.publish(subject, body)
-            if (ahead := number / PER_SECOND - (time.monotonic() - began)) > 0:
+            if (ahead := number / RATE - (time.monotonic() - began)) > 0:
                 await asyncio.sleep(ahead)
 
     shouting = asyncio.create_task(shout())
@@ -124,7 +132,7 @@ async def test_an_honest_commitment_is_answered_in_time(
     before = spent(process)
     async with flood(loud, stage.run, make):
         answered = [await asyncio.wait_for(accepted(miner, stage.run, process), PATIENCE) for miner in honest]
-    each = (spent(process) - before) / PER_SECOND / SECONDS
+    each = (spent(process) - before) / RATE / SECONDS
     shown = ", ".join(
         f"{1000 * stored:.0f} + {1000 * judged:.0f} ({1000 * worked:.0f})" for stored, judged, worked in answered
     )
@@ -132,3 +140,59 @@ async def test_an_honest_commitment_is_answered_in_time(
     # In the committer's own time: how many others share this machine must not count.
     assert each < 0.0006, "a thousand a second leave room for others"
     assert max(worked for _, _, worked in answered) < 1.0
+
+
+def everything(key: str) -> dict[str, object]:
+    """All that is stored, at once."""
+    return {"seq": 1, "batch": 1_000_000, "max_bytes": 1 << 30}
+
+
+def every_subject(key: str) -> dict[str, object]:
+    """The last message of each subject, for as many patterns as fit: the broker searches all of them for each."""
+    return {"multi_last": ["*.>"] * 70, "batch": 1}
+
+
+@pytest.mark.parametrize("question", [everything, every_subject])
+async def test_who_asks_without_end_is_what_nobody_waits_for(
+    stage: Stage, start: Start, make_miner: MakeMiner, own_nats: NatsServer, identities: dict[str, Identity],
+    question: Callable[[str], dict[str, object]],
+) -> None:  # fmt: skip
+    """One key with fifteen connections, a thousand questions a second. Handed to the broker as they came, they kept an honest
+    commitment waiting for 9 s, and the broker's answers to nobody took 2 GB."""
+    service = start("a")
+    await service.ready()
+    assert service.process is not None
+    process, server = psutil.Process(service.process.pid), psutil.Process(own_nats.pid)
+    loud, *honest = [await make_miner() for _ in range(4)]
+    async with await Bus.connect(own_nats.url, identities["operator"], "operator") as operator:
+        for some in range(0, 3000, 300):
+            said = (f"connito.v1.other.ingress.{'U' * 55}{at % 9}.trained" for at in range(some, some + 300))
+            await asyncio.gather(*(operator.js.publish(subject, bytes(3000), timeout=60) for subject in said))
+    await stage.begin(loud, *honest)
+    await stage.to_commit(1)
+    body = json.dumps(question(loud.key), separators=(",", ":")).encode()
+    asked = f"PUB {ASKED}.INGRESS.{loud.key} {ANSWERED}.{loud.key}.a {len(body)}\r\n".encode() + body + b"\r\n"
+    orders = {
+        "seed": loud.identity.seed, "token": loud.identity.passes[-1], "port": own_nats.port, "lines": 15,
+        "rate": RATE, "seconds": 2 * SECONDS, "data": [base64.b64encode(asked).decode()],
+    }  # fmt: skip
+    before = server.memory_info().rss
+    program = (sys.executable, "-m", "tests.support.flooding")
+    flooding = await asyncio.create_subprocess_exec(
+        *program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert flooding.stdin is not None
+    flooding.stdin.write(json.dumps(orders).encode())
+    flooding.stdin.close()
+    await asyncio.sleep(SECONDS / 2)
+    answered = [await asyncio.wait_for(accepted(miner, stage.run, process), PATIENCE) for miner in honest]
+    grown = server.memory_info().rss - before
+    out, _ = await flooding.communicate()
+    did = json.loads(out)
+    shown = ", ".join(f"{1000 * stored:.0f} + {1000 * judged:.0f}" for stored, judged, _ in answered)
+    print(f"{question.__name__}: stored and answered after {shown} ms; {did}; the broker grew by {grown / 1e6:.0f} MB")
+    assert did["sent"] > RATE, "it was a flood"
+    assert did["closed"] > 0, "and it was shut out"
+    assert did["read"] < (BURST + 2 * SECONDS * PER_SECOND) * BATCH_BYTES / 2
+    assert grown < 256 << 20
+    assert max(stored + judged for stored, judged, _ in answered) < 5.0

@@ -34,6 +34,7 @@ from connito.wire.roster import Roster
 
 from tests.integration import test_coordinator
 from tests.integration.witness import ServiceProcess
+from tests.support.desk import desk
 
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -122,7 +123,8 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
             async with rpc.channel(address) as channel:
                 found = House(access, server, RunServiceStub(channel), address, admission)
                 found.hand_over()
-                yield found
+                async with desk(server.url, Identity.load(access.folder / "keys" / "committer.nk")):
+                    yield found
                 for one in found.opened:
                     with suppress(Exception):
                         await asyncio.wait_for(one.close(), 5)

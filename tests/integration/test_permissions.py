@@ -18,6 +18,7 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.desk import desk
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -41,9 +42,10 @@ async def connect(tmp_path: Path, identities: dict[str, Identity], roster: Roste
 
         operator = await connect("operator")
         await streams.ensure(operator.js)
-        yield connect
-        for bus in opened:
-            await bus.close()
+        async with desk(server.url, people["committer"]):
+            yield connect
+            for bus in opened:
+                await bus.close()
 
 
 async def read(bus: Bus, *names: str) -> int:

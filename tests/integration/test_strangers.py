@@ -26,7 +26,7 @@ from connito.bus import Bus, CaughtUp, streams
 from connito.bus.guard import ANSWERS_SECONDS, SHARE, Guard
 from connito.bus.lease import Lease
 from connito.bus.offences import collect
-from connito.bus.permissions import ACCOUNTS, PLATFORM, accounts_of
+from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, PLATFORM, accounts_of
 from connito.errors import ConnitoError
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
@@ -35,11 +35,12 @@ from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
-from connito.wire.passes import Authority
+from connito.wire.passes import Authority, claims_of
 from connito.wire.subjects import fact, ingress
 from connito.wire.tls import PLAIN
 from nats.aio.client import Client
 
+from tests.support.desk import desk
 from tests.support.waiting import PATIENCE, until
 
 # The client library leaves sockets of refused logins to the garbage collector.
@@ -47,6 +48,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytes
 
 RUN = "r"
 ROLES = ("miner", "validator", "customer")
+READING = {accounts_of(role)[-1] for role in ROLES}
 INFO_OF = "$JS.API.STREAM.INFO.RUNS"
 
 
@@ -79,6 +81,11 @@ class Hostile:
                     await client.flush(timeout=5)
 
 
+def inbox(key: Identity, token: str) -> str:
+    """Where answers may come to, in the account of a pass."""
+    return f"{ANSWERED if claims_of(token)['name'] in READING else '_INBOX'}.{key.public}"
+
+
 async def log_in(url: str, key: Identity, token: str, error: Any = None, **options: Any) -> Client:
     async def silent(_: Exception) -> None: ...
 
@@ -88,7 +95,7 @@ async def log_in(url: str, key: Identity, token: str, error: Any = None, **optio
     client = Client()
     await client.connect(
         url, user_jwt_cb=token.encode, signature_cb=sign, error_cb=error or silent, allow_reconnect=False,
-        connect_timeout=5, inbox_prefix=f"_INBOX.{key.public}", **options,
+        connect_timeout=5, inbox_prefix=inbox(key, token), **options,
     )  # fmt: skip
     return client
 
@@ -137,7 +144,8 @@ async def boundary(tmp_path: Path) -> AsyncIterator[Boundary]:
         found = Boundary(access, server)
         found.operator = await found.bus(found.key("operator"))
         await streams.ensure(found.operator.js)
-        yield found
+        async with desk(server.url, found.key("committer")):
+            yield found
         for one in found.opened:
             with suppress(Exception):
                 await asyncio.wait_for(one.close(), 5)
@@ -239,6 +247,10 @@ async def test_nothing_else_can_be_said_or_asked(boundary: Boundary, role: str) 
     tries = [
         *targets(boundary, victim),
         INFO_OF,
+        "$JS.API.DIRECT.GET.RUNS",
+        f"{ASKED}.RUNS.{victim.public}",
+        f"{ASKED}.ADVISORIES.{mine}",
+        f"{ANSWERED}.{victim.public}.x",
         "$JS.API.STREAM.LIST",
         "$JS.API.STREAM.NAMES",
         "$JS.API.STREAM.UPDATE.RUNS",
@@ -290,7 +302,8 @@ async def test_nobody_listens_to_others(boundary: Boundary, role: str) -> None:
     honest, attacker = await boundary.bus(boundary.newcomer()), await boundary.hostile(role)
     validator = await boundary.bus(boundary.key("validator-1"))
     tries = [
-        ">", "*", "*.>", "_INBOX.>", f"_INBOX.{honest.identity.public}.>", "_INBOX.*.*", "_R_.>", "$SYS.>", "$JS.>",
+        ">", "*", "*.>", "_INBOX.>", f"_INBOX.{honest.identity.public}.>", "_INBOX.*.*", "_R_.>", f"{ASKED}.>",
+        f"{ANSWERED}.>", f"{ANSWERED}.{honest.identity.public}.>", "$SYS.>", "$JS.>",
         "$JS.EVENT.ADVISORY.>", "$KV.>", "connito.>", "connito.v1.*.ingress.>", "live.>", "live.*.connito.v1.>",
         "live.ADVISORIES.>", "connito.v1.*.validate.>", "$JS.API.>", "$JS.ACK.>",
     ]  # fmt: skip
@@ -334,7 +347,9 @@ async def test_forged_hints_are_never_evidence(boundary: Boundary) -> None:
             elif isinstance(item, CaughtUp):
                 for _ in range(200):
                     await attacker.clients["miners-read"].publish(
-                        "$JS.API.DIRECT.GET.TRAIN", b'{"seq":1}', reply="live.RUNS.connito.v1.a.run.0.ended"
+                        "$JS.API.DIRECT.GET.KV_ENDPOINTS.$KV.ENDPOINTS.x",
+                        b"",
+                        reply="live.RUNS.connito.v1.a.run.0.ended",
                     )
                 await attacker.settle()
                 spec = run_pb2.RunSpec(run="b")
@@ -443,7 +458,8 @@ async def test_subscriptions_are_limited_for_each_connection(boundary: Boundary)
     honest, attacker = await boundary.bus(boundary.newcomer()), await boundary.hostile()
     for account, client in attacker.clients.items():
         for number in range(ACCOUNTS[account].subscriptions + 20):
-            await client.subscribe(f"_INBOX.{attacker.identity.public}.{number}", cb=attacker.hear)
+            token = next(one for one in attacker.identity.passes if claims_of(one)["name"] == account)
+            await client.subscribe(f"{inbox(attacker.identity, token)}.{number}", cb=attacker.hear)
     await attacker.settle()
     # What the server says last may come before the end of the connection.
     clients = attacker.clients.values()
@@ -562,7 +578,8 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
         body = b'{"seq":1,"batch":1000,"max_bytes":100000000}'
         with suppress(Exception):
             while True:
-                await attacker.clients["miners-read"].publish("$JS.API.DIRECT.GET.TRAIN", body, reply="nowhere")
+                key = attacker.identity.public
+                await attacker.clients["miners-read"].publish(f"{ASKED}.TRAIN.{key}", body, reply=f"{ANSWERED}.{key}.x")
                 await attacker.clients["miners-read"].flush()
 
     asking = [asyncio.create_task(ask(attacker)) for attacker in attackers]
@@ -578,23 +595,25 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
 
 async def test_a_question_names_no_more_subjects_than_an_honest_one(boundary: Boundary) -> None:
     """One of 4 kB, 650 times all subjects, took a second of the broker's processor where 6,000 were stored."""
-    js, stream = boundary.operator.js, "$JS.API.DIRECT.GET.INGRESS"
+    js = boundary.operator.js
     for number in range(0, 2000, 100):
         said = (f"connito.v1.{RUN}.ingress.{at}.commitment" for at in range(number, number + 100))
         await asyncio.gather(*(js.publish(subject, b"x") for subject in said))
     attacker = await boundary.hostile()
     reading = attacker.clients["miners-read"]
-    await reading.publish(stream, json.dumps({"multi_last": [">"] * 650}).encode(), reply="nowhere")
+    of = f"{ASKED}.INGRESS.{attacker.identity.public}"
+    await reading.publish(of, json.dumps({"multi_last": [">"] * 650}).encode(), reply="nowhere")
     await attacker.settle()
     assert not reading.is_connected
     # What a program asks at most: the longest names that there can be.
     longest = f"connito.v1.{'r' * 80}.ingress.{'U' * 56}.commitment.part.{'9' * 20}.{'9' * 20}"
     for question in (
         {"last_by_subj": longest},
-        {"seq": 1, "batch": 256, "max_bytes": 1 << 18, "next_by_subj": longest},
+        {"seq": 1, "batch": 256, "max_bytes": 1 << 18, "next_by_subj": f"connito.v1.{'r' * 80}.ingress.*.*"},
     ):
-        honest = (await boundary.hostile()).clients["miners-read"]
-        answer = await honest.request(stream, json.dumps(question).encode(), timeout=5)
+        honest = await boundary.hostile()
+        of = f"{ASKED}.INGRESS.{honest.identity.public}"
+        answer = await honest.clients["miners-read"].request(of, json.dumps(question).encode(), timeout=5)
         assert (answer.headers or {})["Status"] == "404"
 
 
@@ -607,8 +626,9 @@ def deaf(boundary: Boundary, identity: Identity, questions: int) -> Iterator[soc
         nonce = json.loads(link.makefile("rb").readline().removeprefix(b"INFO "))["nonce"]
         signature = base64.urlsafe_b64encode(identity.sign_nonce(nonce.encode())).rstrip(b"=").decode()
         connect = {"jwt": token, "sig": signature, "nkey": identity.public, "verbose": False, "headers": True}
-        inbox, body = f"_INBOX.{identity.public}.a", b'{"seq":1,"batch":1000000}'
-        asked = b"PUB $JS.API.DIRECT.GET.MERGE %s %d\r\n%s\r\n" % (inbox.encode(), len(body), body)
+        inbox, body = f"{ANSWERED}.{identity.public}.a", b'{"seq":1,"batch":1000000}'
+        of = f"{ASKED}.MERGE.{identity.public}"
+        asked = b"PUB %s %s %d\r\n%s\r\n" % (of.encode(), inbox.encode(), len(body), body)
         link.sendall(f"CONNECT {json.dumps(connect)}\r\nSUB {inbox} 1\r\n".encode() + questions * asked)
         yield link
 

@@ -333,7 +333,7 @@ class Bus:
     async def look(self, stream: str, **which: object) -> Record | None:
         """Return the message that stands at `seq`, or as the last one on `last_by_subj`; None where none does. Raises `Retry`."""
         body = json.dumps(which).encode()
-        reply = await self._reading.request(f"$JS.API.DIRECT.GET.{stream}", body)
+        reply = await self._reading.request(self._reading.stored_in(stream), body)
         if (record := got(stream, reply)) is not None:
             return record
         if (status := (reply.headers or {}).get("Status")) == "404":

@@ -20,7 +20,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito.bus.offences import report
-from connito.bus.permissions import ACCOUNTS, SYSTEM
+from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, SYSTEM
 from connito.errors import Fatal, Invalid, Retry, Unusable
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
@@ -65,7 +65,8 @@ class Connection:
         # What each broker of the list answered that could not be used, while the first one is sought.
         self._tried: list[Exception] = []
         # In an account of strangers, which has nothing but what it imports.
-        self.stranger = bool(token) and claims_of(token)["name"] in ACCOUNTS
+        self.account = str(claims_of(token)["name"]) if token else ""
+        self.stranger = self.account in ACCOUNTS
         self._context: ssl.SSLContext | None = None
         self._refused_certificate: Invalid | None = None
         self.nc = client if client is not None else Client()
@@ -86,7 +87,7 @@ class Connection:
                 options["user_jwt_cb"] = self._token.encode
             else:
                 self.nc._public_nkey = self.identity.public
-            options |= {"signature_cb": self._sign, "inbox_prefix": inbox_prefix(self.identity.public)}
+            options |= {"signature_cb": self._sign, "inbox_prefix": self._inbox(self.identity.public)}
         if self.tls.own or self._addresses[0].startswith("tls://"):
             self._context = options["tls"] = self.tls.context()
         try:
@@ -135,6 +136,16 @@ class Connection:
             return required(f"the broker at {self.url}") if asks else None
         except (OSError, TimeoutError) as error:
             return refusal(error, f"the broker at {self.url}")
+
+    def _inbox(self, key: str) -> str:
+        """Return where answers come to: what a stranger asks for comes from another account."""
+        return f"{ANSWERED}.{key}" if self.stranger and ACCOUNTS[self.account].told else inbox_prefix(key)
+
+    def stored_in(self, stream: str) -> str:
+        """Return where this side asks for what a stream holds: the broker, or the desk of strangers."""
+        if self.stranger and self.identity is not None:
+            return f"{ASKED}.{stream}.{self.identity.public}"
+        return f"$JS.API.DIRECT.GET.{stream}"
 
     def _sign(self, nonce: str) -> bytes:
         assert self.identity is not None

@@ -178,7 +178,7 @@ class _Reader:
         self.looked_behind = -math.inf
         self.connection, self.stream, self.queue = connection, stream, queue
         self.what = f"reading {stream} {next(_NUMBERS)}"
-        self.subject = f"$JS.API.DIRECT.GET.{stream}"
+        self.subject = connection.stored_in(stream)
         self.filter = filter_
         self.narrow = filter_ != STREAMS[stream].filter() or bool(STREAMS[stream].beside)
         self.next_sequence = start

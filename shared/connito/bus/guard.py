@@ -1,4 +1,4 @@
-"""A key's share of connections (docs/adr/0054-a-share-of-connections.md).
+"""A key's share of connections, and of the broker's patience (docs/adr/0054-a-share-of-connections.md).
 
 The server limits what a connection may do, and how many all keys of an account have; none of its limits is for a key. It does
 say who connects, and closes what it is told to close.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,9 @@ SHARE = 16
 PAGE = 256
 ANSWERS_SECONDS = 1.0
 AGAIN_SECONDS = 1.0
+OUT_SECONDS = 60.0
+LIE = "a connection that says to be another key than its pass is for; it is closed"
+LOUD = f"asks without end; what it opens is closed for {OUT_SECONDS:.0f} seconds"
 
 
 class Place(NamedTuple):
@@ -58,8 +62,11 @@ class Guard:
         self._connection = self._connect()
         self._seen: Counter[Place] = Counter()
         self._crowded: set[Place] = set()
-        # By server and connection there, whose pass it came with.
-        self._liars: dict[tuple[str, int], str] = {}
+        # What is to be closed: by server and connection there, whose pass it came with, and why.
+        self._unwanted: dict[tuple[str, int], tuple[str, str]] = {}
+        # Who is shut out, until when, and who was a moment ago.
+        self._out: dict[str, float] = {}
+        self._outs: set[str] = set()
         self._wake, self._anew = asyncio.Event(), False
 
     async def watch(self) -> None:
@@ -78,6 +85,13 @@ class Guard:
                 await self._connection.close()
             await asyncio.sleep(AGAIN_SECONDS)
             self._connection = self._connect()
+
+    def shut_out(self, key: str) -> None:
+        """Close what a key has open, and what it opens for a while."""
+        self._out = {one: until for one, until in self._out.items() if until > time.monotonic()}
+        self._out[key] = time.monotonic() + OUT_SECONDS
+        self._outs.add(key)
+        self._wake.set()
 
     async def _watch_once(self) -> None:
         await self._connection.open()
@@ -110,10 +124,15 @@ class Guard:
         if account in self._own:
             return
         if user != (holder := _holder(token)):
-            self._liars[server, int(cid)] = holder
-            self._wake.set()
+            self._close(server, cid, holder, LIE)
+        elif time.monotonic() < self._out.get(user, 0.0):
+            self._close(server, cid, user, LOUD)
         else:
             self._count(Place(server, account, user))
+
+    def _close(self, server: str, cid: int, holder: str, why: str) -> None:
+        self._unwanted[server, int(cid)] = (holder, why)
+        self._wake.set()
 
     def _count(self, place: Place) -> None:
         self._seen[place] += 1
@@ -125,18 +144,27 @@ class Guard:
         if self._anew:
             self._seen.clear()
             self._crowded.clear()
-            self._liars.clear()
+            self._unwanted.clear()
             for server in await self._servers():
                 await self._count_all(server)
             self._anew = False
-        while self._liars or self._crowded:
-            while self._liars:
-                (server, cid), holder = self._liars.popitem()
+        while self._outs:
+            await self._put_out(self._outs.pop())
+        while self._unwanted or self._crowded:
+            while self._unwanted:
+                (server, cid), (holder, why) = self._unwanted.popitem()
                 await self._kick(server, cid)
-                detail = "a connection that says to be another key than its pass is for; it is closed"
-                report("not_permitted", key=holder, reason=reasons.REASON_NOT_PERMITTED, detail=detail)
+                report("not_permitted", key=holder, reason=reasons.REASON_NOT_PERMITTED, detail=why)
             if self._crowded:
                 await self._thin_out(self._crowded.pop())
+
+    async def _put_out(self, key: str) -> None:
+        """Close all connections of a key, which are a page at most, at each server where it was heard of."""
+        for server in {place.server for place in self._seen if place.key == key}:
+            for one in await self._page(server, {"user": key, "sort": "cid"}):
+                if _holder(one.get("jwt", "")) == key:
+                    await self._kick(server, int(one["cid"]))
+        report("shut_out", key=key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=LOUD)
 
     async def _thin_out(self, place: Place) -> None:
         """Close all but the oldest connections of a key."""

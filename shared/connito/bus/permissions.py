@@ -27,6 +27,8 @@ GUARDS = ("committer",)
 CONNECTED = "$SYS.ACCOUNT.*.CONNECT"
 SERVERS = "$SYS.REQ.SERVER.PING.IDZ"
 CONNECTIONS_OF, KICK = "$SYS.REQ.SERVER.{server}.CONNZ", "$SYS.REQ.SERVER.{server}.KICK"
+# Strangers' questions come to whoever counts them (`connito.bus.desk`), and the broker answers each below its key.
+ASKED, ANSWERED = "connito.asked.v1", "connito.answered.v1"
 # Stands for the key of whoever logs in, in rights that are written down once for all keys of an account.
 SELF = "{{subject()}}"
 
@@ -57,7 +59,7 @@ class Permissions:
 
 @dataclass(frozen=True)
 class Account:
-    """An account of strangers. `services` are answered by the platform's account, `heard` comes from there.
+    """An account of strangers. `services` are answered by the platform's account, `heard` comes from there, `told` goes there.
 
     `grants` hold for each key in it, with `SELF` for the key. A connection has at most `subscriptions`, and sends messages of
     at most `payload` bytes. All keys of an account together have at most `connections` to a server: those of all accounts are
@@ -69,6 +71,7 @@ class Account:
     grants: Permissions
     services: tuple[str, ...]
     heard: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
     payload: int = _HEADERS
     subscriptions: int = 64
     connections: int = 1_000
@@ -93,7 +96,8 @@ def permissions(role: str, key: str) -> Permissions:
     if durables:
         # A dead letter that was written before a crash is read back, to see that it stands.
         publish += [f"{DLQ_ROOT}.>", *_reading(["DLQ"])]
-    return Permissions(tuple(publish), _hearing(streams, key))
+    asked = (f"{ASKED}.*.*",) if role in GUARDS else ()
+    return Permissions(tuple(publish), (*asked, *_hearing(streams, key)))
 
 
 def guarding(key: str) -> Permissions:
@@ -103,11 +107,12 @@ def guarding(key: str) -> Permissions:
 
 
 def _readers(name: str, role: str, streams: Sequence[str], connections: int) -> Account:
-    asks = (*_reading(streams), *_endpoints())
-    heard = tuple(live(stream, ">") for stream in streams)
-    return Account(
-        name, role, Permissions(asks, _hearing(streams, SELF)), asks, heard, QUESTION, connections=connections
-    )
+    hints = tuple(live(stream, ">") for stream in streams)
+    asks = tuple(f"{ASKED}.{stream}.{SELF}" for stream in streams)
+    grants = Permissions((*asks, *_endpoints()), (f"{ANSWERED}.{SELF}.>", *hints))
+    told = (f"{ASKED}.*.*",)
+    heard = (f"{ANSWERED}.*.>", *hints)
+    return Account(name, role, grants, tuple(_endpoints()), heard, told, QUESTION, connections=connections)
 
 
 def _speakers(name: str, role: str, said: Sequence[str], payload: int, connections: int) -> Account:

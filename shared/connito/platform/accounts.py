@@ -192,21 +192,29 @@ class Accounts:
             "operator": operator.sign(operator.public, "connito", "operator", {"system_account": keys[SYSTEM]}, now)
         }
         for name, public in keys.items():
-            body = self._body(name, keys[PLATFORM], state["revoked"])
+            body = self._body(name, keys, state["revoked"])
             tokens[public] = operator.sign(public, name, "account", body, now)
         return tokens
 
-    def _body(self, name: str, platform: str, revoked: Mapping[str, int]) -> dict[str, Any]:
+    def _body(self, name: str, keys: Mapping[str, str], revoked: Mapping[str, int]) -> dict[str, Any]:
         signer = Authority.load(self._seed(name)).public
         if (account := ACCOUNTS.get(name)) is not None:
             scope = {"kind": "user_scope", "key": signer, "role": account.role, "template": _template(account)}
-            imports = [_import(subject, "service", platform) for subject in account.services]
-            imports += [_import(subject, "stream", platform) for subject in account.heard]
+            imports = [_import(subject, "service", keys[PLATFORM]) for subject in account.services]
+            imports += [_import(subject, "stream", keys[PLATFORM]) for subject in account.heard]
+            exports = [_export(subject, "stream") for subject in account.told]
             limits = _ANY | {"conn": account.connections}
-            return {"limits": limits, "imports": imports, "signing_keys": [scope], "revocations": dict(revoked)}
+            return {
+                "limits": limits,
+                "imports": imports,
+                "exports": exports,
+                "signing_keys": [scope],
+                "revocations": dict(revoked),
+            }
         body: dict[str, Any] = {"limits": _ANY, "signing_keys": [signer], "revocations": dict(revoked)}
         if name == PLATFORM:
-            body |= {"limits": _ANY | _STORAGE, "exports": _exports()}
+            imports = [_import(to, "stream", keys[one]) for one, account in ACCOUNTS.items() for to in account.told]
+            body |= {"limits": _ANY | _STORAGE, "exports": _exports(), "imports": imports}
         return body
 
     def _seed(self, name: str) -> Path:
@@ -235,14 +243,13 @@ def _exports() -> list[dict[str, Any]]:
     services = dict.fromkeys(subject for account in ACCOUNTS.values() for subject in account.services)
     heard = dict.fromkeys(subject for account in ACCOUNTS.values() for subject in account.heard)
     return [
-        *({"name": s, "subject": s, "type": "service", "response_type": _answers(s)} for s in services),
-        *({"name": s, "subject": s, "type": "stream"} for s in heard),
+        *(_export(subject, "service") | {"response_type": "Singleton"} for subject in services),
+        *(_export(subject, "stream") for subject in heard),
     ]
 
 
-def _answers(service: str) -> str:
-    """Return how many answers a request has: a batch of messages, or one."""
-    return "Stream" if service.startswith("$JS.API.DIRECT.GET.") and "$KV" not in service else "Singleton"
+def _export(subject: str, kind: str) -> dict[str, str]:
+    return {"name": subject, "subject": subject, "type": kind}
 
 
 def _import(subject: str, kind: str, account: str) -> dict[str, str]:

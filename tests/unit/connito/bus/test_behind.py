@@ -34,6 +34,9 @@ class Broker:
         self.asked: list[str] = []
         self.then: Callable[[], None] = lambda: None
 
+    def stored_in(self, stream: str) -> str:
+        return f"$JS.API.DIRECT.GET.{stream}"
+
     async def request(self, subject: str, data: bytes) -> Any:
         self.asked.append(subject)
         body = json.loads(data)

@@ -31,6 +31,9 @@ class Client:
         self.hints = self.looks = self.answers = self.inboxes = 0
         self.nc, self.on_reconnect = self, list[Callable[[], None]]()
 
+    def stored_in(self, stream: str) -> str:
+        return f"$JS.API.DIRECT.GET.{stream}"
+
     def require(self) -> None:
         """Stand."""
 

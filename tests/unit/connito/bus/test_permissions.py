@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from connito.bus import streams
-from connito.bus.permissions import ACCOUNTS, PLATFORM, SELF, Permissions, accounts_of, permissions
+from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, PLATFORM, SELF, Permissions, accounts_of, permissions
 from connito.wire.identity import Identity
 from connito.wire.roster import OPERATOR, ROLES
 from connito.wire.verification import ANY, CATALOGUE, INGRESS, WORKERS
@@ -75,10 +75,10 @@ def test_a_miner_says_what_miners_say_under_its_own_key_only() -> None:
 
 
 @pytest.mark.parametrize("role", STRANGERS)
-def test_a_stranger_asks_the_brokers_api_for_stored_messages_and_for_nothing_else(role: str) -> None:
+def test_a_stranger_asks_the_brokers_api_where_services_are_and_nothing_else(role: str) -> None:
     for rights in granted(role):
         for subject in rights.publish:
-            assert not subject.startswith("$") or subject.startswith("$JS.API.DIRECT.GET.")
+            assert not subject.startswith("$") or subject.startswith("$JS.API.DIRECT.GET.KV_ENDPOINTS.")
             assert ">" not in subject
             assert streams.LEASES not in subject
     assert role in ("validator", "miner") or not any(may_publish(role, fact(*key, "x")) for key in CATALOGUE)
@@ -89,7 +89,8 @@ def test_nobody_speaks_in_the_account_in_which_it_reads(role: str) -> None:
     """An answer that a reader has sent to somebody's subject must find nothing there that is passed on."""
     *speaking, reading = accounts_of(role)
     assert PLATFORM not in (*speaking, reading)
-    assert all(subject.startswith("$JS.API.DIRECT.GET.") for subject in ACCOUNTS[reading].services)
+    assert all(subject.startswith("$JS.API.DIRECT.GET.KV_") for subject in ACCOUNTS[reading].services)
+    assert ACCOUNTS[reading].told == (f"{ASKED}.*.*",)
     for name in speaking:
         assert not any(subject.startswith("$") for subject in ACCOUNTS[name].services)
         assert not ACCOUNTS[name].heard
@@ -99,13 +100,18 @@ def test_nobody_speaks_in_the_account_in_which_it_reads(role: str) -> None:
 def test_an_account_imports_no_more_than_its_keys_may_use(role: str) -> None:
     for name in accounts_of(role):
         account = ACCOUNTS[name]
-        assert {subject.replace(SELF, "*") for subject in account.grants.publish} == set(account.services)
+        questions = {subject for subject in account.grants.publish if subject.startswith(ASKED)}
+        assert all(any(covers(told, subject) for told in account.told) for subject in questions)
+        said = {subject.replace(SELF, "*") for subject in account.grants.publish if subject not in questions}
+        assert said == set(account.services)
 
 
 @pytest.mark.parametrize("stream", streams.STREAMS)
 def test_a_miner_reads_what_an_audit_rests_on_and_nothing_else(stream: str) -> None:
     public = stream != "ADVISORIES"
-    assert may_publish("miner", f"$JS.API.DIRECT.GET.{stream}") == public
+    assert may_publish("miner", f"{ASKED}.{stream}.{KEY}") == public
+    assert not may_publish("miner", f"{ASKED}.{stream}.{OTHER}")
+    assert not may_publish("miner", f"$JS.API.DIRECT.GET.{stream}")
     assert may_hear("miner", f"live.{stream}.connito.v1.run-1.x") == public
 
 
@@ -124,8 +130,9 @@ def test_nobody_reaches_into_the_work_queue_of_another_service(role: str, durabl
 
 @pytest.mark.parametrize("role", [*ROLES, "miner"])
 def test_everybody_hears_only_its_own_replies_and_hints(role: str) -> None:
+    own = {f"_INBOX.{KEY}.>", f"{ANSWERED}.{KEY}.>"} | ({f"{ASKED}.*.*"} if role == "committer" else set())
     for rights in granted(role):
-        assert all(subject == f"_INBOX.{KEY}.>" or subject.startswith("live.") for subject in rights.subscribe)
+        assert all(subject in own or subject.startswith("live.") for subject in rights.subscribe)
 
 
 def test_only_leaders_hold_leases_and_only_services_with_an_api_are_found() -> None:
