@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 from connito.bus import Bus
-from connito.errors import Invalid, NotFound, ObjectMissing
+from connito.errors import Invalid, NotFound, ObjectMissing, VerificationFailed
 from connito.runtime.limits import RateLimit
 from connito.runtime.metrics import REFUSALS
 from connito.service.rpc import check_fresh, open_request
@@ -17,6 +18,7 @@ from connito.v1.envelope_pb2 import Envelope
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.hashing import is_digest
+from connito.wire.sealing import NoKey
 from connito.wire.subjects import LIBRARY
 
 from . import judging
@@ -113,8 +115,12 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         self._limit.take(signer, max(1.0, len(command.digests) / DIGESTS_PER_REQUEST))
         refs = await self._entitled(signer, command)
         urls = {digest: await self._url(refs.get(digest), digest, command.run) for digest in command.digests}
-        private = [refs[digest] for digest in urls if refs[digest].realm == REALM_PRIVATE]
-        keys = {ref.digest: await self._store.boxed_key(ref, signer) for ref in private}
+        keys: dict[str, bytes] = {}
+        for ref in (refs[digest] for digest in urls):
+            # Of what was sealed for others there is an address and no key: it costs what is asked for beside it nothing.
+            with suppress(NoKey, ObjectMissing, VerificationFailed):
+                if ref.realm == REALM_PRIVATE:
+                    keys[ref.digest] = await self._store.boxed_key(ref, signer)
         return services_pb2.RequestDownloadsResponse(urls=urls, keys=keys)
 
     async def _entitled(self, signer: str, command: services_pb2.DownloadsCommand) -> dict[str, ArtifactRef]:

@@ -175,11 +175,13 @@ def rotate(
 
 @app.command("lend")
 def lend(
-    run: Annotated[str, typer.Argument(help="The run whose hold-outs are sealed.")],
+    run: Annotated[str, typer.Argument(help="The run whose hold-outs are sealed; library: experts that no run made.")],
     key: Annotated[
         str, typer.Argument(help="The public key of a validator, or service, that was admitted after the run began.")
     ],
-    out: Annotated[Path, typer.Argument(help="The file to write. The holder of the key reads it by CONNITO_LENT.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file to write, or to add to. The holder of the key reads it by CONNITO_LENT.")
+    ],
     role: Annotated[
         str, typer.Option(help="Whose key opens them here: the customer's or the operator's.")
     ] = "operator",
@@ -187,15 +189,22 @@ def lend(
     as_json: JsonFlag = False,
 ) -> None:
     """Let a validator read the sealed hold-outs of a run that goes on: it judges from the next cycle. A service whose key was
-    replaced reads by it what a run that is not public made."""
+    replaced reads by it what a run that is not public made, and private compositions."""
     import json
 
     from connito.client.lending import boxes
+    from connito.errors import Invalid
     from connito.files import write_durably
     from connito.platform.session import Session
+    from connito.wire.sealing import parse_boxes
 
+    there = parse_boxes(out.read_bytes(), str(out)) if out.exists() else {}
+    if there.get("reader", key) != key:
+        raise Invalid(
+            f"{out} opens for {there['reader']} what is in it; write what another key is lent to another file"
+        )
     found = boxes(Session.open(data_dir, role=role), run, key)
-    write_durably(out, json.dumps(found, sort_keys=True).encode(), 0o600)
+    write_durably(out, json.dumps({**there, **found, "reader": key}, sort_keys=True).encode(), 0o600)
     document = {"run": run, "validator": key, "hold_outs": sorted(found), "file": str(out)}
     emit(
         as_json, document, lambda: f"{out} opens {len(found)} sealed files for that key alone: give it to who holds it"

@@ -222,6 +222,10 @@ class ArtifactStore:
             raise _damaged("get", ArtifactRef(digest=secret))
         return data
 
+    async def sealed_secret(self, secret: str) -> bytes:
+        """Return the sealed file of a secret, by its digest. Raises `ObjectMissing`, `ObjectDamaged`."""
+        return await self._call("get", secret, lambda: self._sealed(secret))
+
     async def owner(self, secret: str) -> str:
         """Return whose the secret is that private artifacts are encrypted under. Raises `NoKey` for who may not open it."""
         return await self._call("get", secret, lambda: self._keys.owner(secret, self._sealed))

@@ -27,6 +27,7 @@ from connito.runtime.waiting import DISK, of_disk
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.artifacts_pb2 import REALM_PRIVATE, ArtifactRef
 from connito.wire import private
+from connito.wire.sealing import NoKey
 
 CHUNK = 1 << 20
 # What a store says that answers, and has no whole copy of what is asked for.
@@ -109,8 +110,14 @@ async def get_presigned(
 ) -> None:
     """Download through a presigned URL; `path` appears only once digest and size are right. `key` opens a private artifact.
 
-    Raises `Retry` when the store is away, `Invalid` when the URL is expired, `NotFound`, `VerificationFailed`.
+    Raises `Retry` when the store is away, `Invalid` when the URL is expired, `NoKey`, `NotFound`, `VerificationFailed`.
     """
+    if ref.realm == REALM_PRIVATE and not key:
+        raise NoKey(
+            f"{ref.digest[:12]}… is encrypted, and the platform's committer has no key for it: the committer's own was "
+            "replaced after it was made, or it was not sealed for it; whoever may read it lends it: `connito access lend`",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
     await asyncio.to_thread(_get, url, ref, path, key, progress)
 
 

@@ -74,7 +74,16 @@ def parse_boxes(data: bytes, where: str) -> dict[str, str]:
 def lend(path: Path, me: Identity, reader: str) -> str:
     """Return the box with which another reader, who was admitted since, opens a sealed file. Raises `Invalid` as `unsealed`."""
     with path.open("rb") as file:
-        return _box(_content_key(_parse(_read_header(file))["boxes"], me), reader).hex()
+        return _lend(file, me, reader)
+
+
+def lend_bytes(sealed: bytes, me: Identity, reader: str) -> str:
+    """Return the same for a short sealed file."""
+    return _lend(io.BytesIO(sealed), me, reader)
+
+
+def _lend(file: BinaryIO, me: Identity, reader: str) -> str:
+    return _box(_content_key(_parse(_read_header(file))["boxes"], me), reader).hex()
 
 
 def unsealed(
