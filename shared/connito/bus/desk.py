@@ -1,4 +1,4 @@
-"""Where strangers' questions are counted before the broker works for them (docs/adr/0054-a-share-of-connections.md).
+"""The desk at which strangers' questions are counted before the broker works for them (docs/adr/0054-a-share-of-connections.md).
 
 The broker answers whatever it is asked: any number of stored messages, through any filter, as often as somebody asks. Here a
 question has one of two forms, a batch no more than readers of ours take, and a key so many a second. What passes is handed on,
