@@ -7,12 +7,13 @@ numpy has no bfloat16: such tensors are handled as their raw `uint16` bits, see 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,8 @@ _OWN_BITS = {name: STORED_BITS[name] for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 MAX_HEADER_BYTES = 1 << 20
+# Of headers that are no longer, some are remembered with what they say.
+SHORT = 1 << 14
 _MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[!-~]{1,256}")
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -156,6 +159,11 @@ def _parse_header(raw: bytes, data_bytes: int, widths: Mapping[str, int]) -> Hea
     return Header(ordered, metadata, 8 + len(raw), data_bytes)
 
 
+@functools.lru_cache(maxsize=256)
+def _remembered(raw: bytes, data_bytes: int) -> Header:
+    return _parse_header(raw, data_bytes, _OWN_BITS)
+
+
 def read_header(
     source: Path | str | bytes, *, max_header_bytes: int = MAX_HEADER_BYTES, widths: Mapping[str, int] = _OWN_BITS
 ) -> Header:
@@ -170,7 +178,12 @@ def read_header(
     try:
         with BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
             text = read_header_text(file, max_header_bytes)
-            return _parse_header(text, file.seek(0, 2) - 8 - len(text), widths)
+            data_bytes = file.seek(0, 2) - 8 - len(text)
+            if len(text) > SHORT or widths is not _OWN_BITS:
+                return _parse_header(text, data_bytes, widths)
+            # The states of a run have one header, which is read again for each of their tensors.
+            known = _remembered(text, data_bytes)
+            return replace(known, metadata=dict(known.metadata))
     except OSError as error:
         raise NotFound(f"cannot read {source!r}: {error.strerror}") from error
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from connito.data import tensors
 from connito.data.tensors import (
     TensorWriter,
     from_float32,
@@ -141,6 +143,30 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_malformed_files_are_refused(file: bytes) -> None:
     with pytest.raises(Invalid, match="not a well-formed safetensors file"):
         read_header(file)
+
+
+def test_a_header_that_was_read_is_not_taken_apart_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of a run have one header, and a merge reads it some hundred times."""
+    parse, parsed = tensors._parse_header, list[bytes]()
+
+    def counted(raw: bytes, *rest: Any) -> Any:
+        parsed.append(raw)
+        return parse(raw, *rest)
+
+    monkeypatch.setattr(tensors, "_parse_header", counted)
+    paths = [tmp_path / name for name in ("one", "two", "longer")]
+    for number, path in enumerate(paths):
+        path.write_bytes(tensor_bytes({"layers.0.x": np.full((2, 3 + number // 2), number, np.float32)}, {"of": "all"}))
+    tensors._remembered.cache_clear()
+    first = read_header(paths[0])
+    first.metadata["mine"] = "alone"
+    again = read_header(paths[1])
+    assert (again.entries, again.metadata, len(parsed)) == (first.entries, {"of": "all"}, 1)
+    assert read_header(paths[2]).entries["layers.0.x"].shape == (2, 4)
+    with paths[1].open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(Invalid, match="the file holds"):
+        read_header(paths[1])
 
 
 def test_a_header_beyond_the_cap_is_refused(tmp_path: Path) -> None:
