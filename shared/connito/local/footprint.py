@@ -1,8 +1,10 @@
-"""Room that an ended run takes and nothing needs any more: copies of what the store has, and miners' work that is handed in."""
+"""Room that nothing needs any more: old lines of logs; of an ended run copies of what the store has, and work that is handed in."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,22 @@ from connito.store.eviction import PASSING, USED
 
 # Smaller copies stay: they cost nothing, and reading them is quicker than starting the store.
 LARGE_BYTES = 8 << 20
+
+# A log that has grown so long keeps its last quarter.
+LOG_BYTES = 32 << 20
+
+
+def trim(logs: Path) -> None:
+    """Cut the logs that have grown long. Who writes one appends, and goes on at its new end."""
+    for path in (*logs.glob("*.log"), *logs.glob("*.jsonl")):
+        with suppress(OSError):
+            if path.stat().st_size > LOG_BYTES:
+                with path.open("r+b") as file:
+                    file.seek(-(LOG_BYTES // 4), os.SEEK_END)
+                    last = file.read().partition(b"\n")[2]
+                    file.seek(0)
+                    file.write(last)
+                    file.truncate()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import Fatal, Invalid, Retry
+from connito.local.footprint import trim
 from connito.local.patience import patiently
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
@@ -27,7 +28,7 @@ GIVE_UP_WITHIN = 30.0
 _FIRST_DELAY, _LAST_DELAY = 0.2, 5.0
 # One that others can do without is tried again after this long.
 _ASIDE_SECONDS = 60.0
-_LOOK_EVERY = 0.25
+_LOOK_EVERY, _TRIM_EVERY = 0.25, 30.0
 # With less than this free nothing that is started can write, which is no fault of its own.
 _FULL_BYTES = 16 << 20
 
@@ -75,6 +76,7 @@ class Supervisor:
         # The fewest of those that are spare with which the run goes on.
         self.needed = 1
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._keep(self._trim())
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -100,6 +102,11 @@ class Supervisor:
         kept = self._kept[program.name] = _Supervised(program.name, program.log, program.module, spare=spare)
         await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
         self._keep(self._watch_service(kept, program, launcher))
+
+    async def _trim(self) -> None:
+        while True:
+            await asyncio.sleep(_TRIM_EVERY)
+            await asyncio.to_thread(trim, self._data.logs)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Stop every service, all at the same time; then the servers, which they need until they are done."""

@@ -67,7 +67,8 @@ def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
         pass  # Says now, and here, that another one runs.
     data.platform_file.unlink(missing_ok=True)
     passed = _form().dump_json(replace(options, data_dir=data.root)).decode()
-    with (data.logs / "up.log").open("wb") as log:
+    (data.logs / "up.log").unlink(missing_ok=True)
+    with (data.logs / "up.log").open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "connito.local.up", passed],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,

@@ -41,6 +41,7 @@ LOOK_SECONDS = 5.0
 # Where deciding takes long, facts gather for so many times as long before the next decision: of thousands that arrive one by
 # one, deciding then takes a tenth of the time, and not the square of their number.
 LONG_SECONDS, REST = 0.002, 9
+FEW = 64  # Actions that are remembered before those that are done are forgotten.
 # What was given up is tried again after so long: whoever has mended something need not start the service again.
 GIVEN_UP_SECONDS = 600.0
 # What fails where there is no action yet.
@@ -74,6 +75,10 @@ class _State:
     blocked: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
+    def is_over(self, now: int) -> bool:
+        """Return whether nothing here differs from what a new action begins with."""
+        return self.task is None and not self.blocked and not self.failures and self.not_before_ms <= now
+
 
 class Engine(Listener):
     """Runs one service's deciders over every run it follows.
@@ -104,7 +109,7 @@ class Engine(Listener):
         self._clock = clock or (lambda: round(bus.host.monotonic() * 1000))
         self._changed: set[str] = set()
         self._wake_at: dict[str, int] = {}
-        self._actions: dict[str, _State] = {}
+        self._actions, self._forget_from = dict[str, _State](), FEW
         # By run, the newest cycle that somebody spoke of, and the trace in which they did.
         self._traces: dict[str, tuple[int, str]] = {}
         self._newer: set[str] = set()
@@ -263,6 +268,9 @@ class Engine(Listener):
     def _begin(self, run: str, decision: Decision, now: int) -> None:
         wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
         self._end_waits(run, {action.key for action in decision.actions})
+        if len(self._actions) > self._forget_from:  # Of each cycle there are some, and of runs no end.
+            self._actions = {key: state for key, state in self._actions.items() if not state.is_over(now)}
+            self._forget_from = max(FEW, 2 * len(self._actions))
         for action in decision.actions:
             state = self._actions.get(action.key) or self._actions.setdefault(action.key, self._begin_state(action))
             if state.blocked or state.task is not None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from connito.local import footprint
+from connito.local.supervisor import Supervisor
 from connito.platform.datadir import DataDir
+
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -41,3 +44,27 @@ def test_copies_and_work_go_and_all_else_stays(data: DataDir) -> None:
 
 def test_an_empty_folder_has_nothing_to_give_back(tmp_path: Path) -> None:
     assert footprint.tidy(DataDir(tmp_path)).bytes == 0
+
+
+def test_a_log_that_grows_for_ever_keeps_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "LOG_BYTES", 4000)
+    (short := tmp_path / "short.log").write_bytes(b"x" * 4000)
+    with (tmp_path / "long.log").open("ab") as log:
+        for number in range(2000):
+            log.write(b"line %d\n" % number)
+            log.flush()
+            footprint.trim(tmp_path)
+    lines = (tmp_path / "long.log").read_bytes().splitlines()
+    assert lines == [b"line %d" % number for number in range(2000 - len(lines), 2000)]
+    assert 50 < len(lines) < 500
+    assert short.stat().st_size == 4000
+
+
+async def test_a_supervisor_trims_what_its_services_write(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connito.local.supervisor._TRIM_EVERY", 0.01)
+    monkeypatch.setattr(footprint, "LOG_BYTES", 4000)
+    data.logs.mkdir()
+    (log := data.logs / "miner-1.log").write_bytes(b"line\n" * 1000)
+    supervisor = Supervisor(data, print)
+    await until(lambda: log.stat().st_size <= 1000)
+    await supervisor.stop()

@@ -12,14 +12,17 @@ from connito.bus import Bus, CaughtUp
 from connito.errors import Fatal, Invalid, ObjectDamaged, ObjectMissing, Retry, Unusable
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.runtime.host import HOST
+from connito.runtime.tasks import end_tasks
 from connito.runtime.waiting import WAITING
-from connito.service.engine import Action, Decision, Engine
+from connito.service.engine import FEW, Action, Decision, Engine
 from connito.v1 import reasons_pb2, run_pb2
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import FactKey
+
+from tests.support.waiting import PATIENCE
 
 
 @pytest.mark.parametrize(("version", "asked"), [(0, 1), (PROTOCOL_VERSION, 1), (PROTOCOL_VERSION + 1, 0)])
@@ -126,6 +129,33 @@ async def test_what_was_given_up_goes_on_after_somebody_has_mended_it(monkeypatc
     await asyncio.sleep(0)
     assert WAITING.entries() == []
     running.cancel()
+
+
+async def test_what_is_done_is_forgotten_and_what_is_not_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service lives for thousands of cycles, and each has actions of its own."""
+    monkeypatch.setattr("connito.service.engine.SETTLE_MS", 0)
+    over, done = asyncio.Event(), list[str]()
+    log = Log(Roster({}))
+    log.runs["r"] = RunFacts("r")
+
+    async def perform(action: Action) -> None:
+        if action.key == "r/away":
+            raise Retry("the store is away", after=60.0, dependency="store")
+        done.append(action.key)
+        if len(done) == 500:
+            over.set()
+
+    def decide(facts: RunFacts, _now_ms: int) -> Decision:
+        cycle = [] if over.is_set() else [Action(f"r/merge/{len(done)}", "r")]
+        return Decision([Action("r/away", "r"), *cycle])
+
+    engine = Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform)
+    running = asyncio.create_task(engine.run())
+    async with asyncio.timeout(PATIENCE):
+        await over.wait()
+    assert len(engine._actions) <= FEW + 1
+    assert engine._actions["r/away"].failures == 1
+    await end_tasks([running])
 
 
 async def test_a_dependency_that_answers_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
