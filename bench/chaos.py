@@ -2,12 +2,14 @@
 
     python -m bench.chaos --only storm --faults 1000 --minutes 14
     python -m bench.chaos --only cluster
+    python -m bench.chaos --only away --away 180
 
 `storm`: runs on the tiny base, each with a seed of its own that chooses what befalls it: a process is killed (now and then
 the whole `connito up`, which is then started again) or stopped for some seconds, the disk is full for a while, a bit of a
 cached file flips, an object is gone from the store and comes back. `cluster`: the same run over a broker of three nodes with
 three copies of every stream, `calm`, with a node killed every five seconds, and `current`: with one killed as soon after
-five seconds as all nodes have caught up. Each run ends with an audit, and with a check that every acknowledged reveal has one
+five seconds as all nodes have caught up. `away`: once, from the second cycle on, the store, the broker or both cannot be
+reached for a while. Each run ends with an audit, and with a check that every acknowledged reveal has one
 answer and every cycle one version.
 
 Figures add up over calls: what was carried out stays in the document, storms begin with the seed after the last one there, and
@@ -51,6 +53,8 @@ from tests.sim.checks import conserved
 EVERY, NODE_EVERY, LONGEST = 1.5, 5.0, 900.0
 # By part: seconds between kills of a node (none where 0), and whether to wait until all nodes are current.
 CLUSTERS = {"cluster calm": (0.0, False), "cluster": (NODE_EVERY, False), "cluster current": (NODE_EVERY, True)}
+# By part: which servers are away, all of them for `--away` seconds.
+OUTAGES = {"away store": ["weed"], "away broker": ["nats-server"], "away both": ["nats-server", "weed"]}
 # A command that ends so often although nobody ended it will not get better.
 MOST_ENDS = 5
 Row = dict[str, Any]
@@ -70,6 +74,7 @@ class Storm:
     ends: list[str] = field(default_factory=list)
     ended: bool = False
     run: str = ""
+    away: float = 0.0
 
     def __post_init__(self) -> None:
         self.data, self.cluster = DataDir.open(self.folder), self.part in CLUSTERS
@@ -152,6 +157,11 @@ async def weather(storm: Storm, every: float, faults: int, until: float) -> None
     """Strike as often as asked for, from the first cycle on."""
     while not storm.opened:  # noqa: ASYNC110 - what sets it reads a log, and is cancelled with it
         await asyncio.sleep(0.05)
+    if storm.part in OUTAGES:
+        while max(storm.opened) < 2:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.05)
+        await storm.faults.away(OUTAGES[storm.part], storm.away)
+        return
     while every and not storm.ended and storm.faults.counts.total() < faults and time.monotonic() < until:
         await asyncio.sleep(every if storm.cluster else storm.faults.rng.uniform(0.5, 1.5) * every)
         with suppress(OSError, ValueError):
@@ -219,12 +229,12 @@ async def judged(storm: Storm) -> list[str]:
     return wrong if done.returncode == 0 else [*wrong, f"audit: {out.decode()[-300:]}"]
 
 
-def one(part: str, seed: int, cycles: int, every: float, faults: int, until: float) -> Row:
+def one(part: str, seed: int, cycles: int, every: float, faults: int, until: float, away: float = 0.0) -> Row:
     """Carry out one run in a folder that goes with it."""
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        own_disk = part not in CLUSTERS and stack.enter_context(small_disk(Path(name)))
-        storm = Storm(Path(name), seed, cycles, part, own_disk)
-        row = asyncio.run(carry_out(storm, every if part == "storm" else CLUSTERS[part][0], faults, until))
+        own_disk = part == "storm" and stack.enter_context(small_disk(Path(name)))
+        storm = Storm(Path(name), seed, cycles, part, own_disk, away=away)
+        row = asyncio.run(carry_out(storm, CLUSTERS[part][0] if part in CLUSTERS else every, faults, until))
         if row["wrong"]:
             kept = Path(tempfile.mkdtemp(prefix=f"chaos-wrong-{seed}-"))
             shutil.copytree(storm.data.logs, kept / "logs")
@@ -266,11 +276,15 @@ def carry_on(asked: argparse.Namespace) -> list[Row]:
     """Carry out the parts whose names begin with `only`; return the rows of this call."""
     fresh: list[Row] = []
     until = time.monotonic() + 60 * asked.minutes
-    for part in ("storm", *CLUSTERS):
+    for part in ("storm", *CLUSTERS, *OUTAGES):
         if not (part == asked.only if asked.exactly else part.startswith(asked.only)):
             continue
         if part in CLUSTERS:
             fresh.append(one(part, asked.first, asked.cycles, asked.every, 10**6, until))
+            keep(asked.out, fresh[-1])
+            continue
+        if part in OUTAGES:
+            fresh.append(one(part, asked.first, asked.cycles, asked.every, 1, until, asked.away))
             keep(asked.out, fresh[-1])
             continue
         rows = known(asked.out)
@@ -291,6 +305,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600.0, help="no fault comes after so long")
     parser.add_argument("--cycles", type=int, default=20, help="of each run")
     parser.add_argument("--every", type=float, default=EVERY, help="seconds between the faults of a storm")
+    parser.add_argument("--away", type=float, default=180.0, help="seconds that an outage lasts")
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first seed")
     parser.add_argument("--out", type=Path, default=Path("out/bench/chaos.json"))
     asked = parser.parse_args()

@@ -8,13 +8,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from connito.errors import ConnitoError
 from connito.platform.datadir import DataDir
 from connito.platform.session import local_store
@@ -83,6 +85,24 @@ class Faults:
                 self._later(lambda: self._signal(pid, signal.SIGCONT))
             elif kind == "kill":
                 self._signal(pid, signal.SIGKILL)
+
+    async def away(self, programs: Sequence[str], seconds: float) -> None:
+        """Kill servers, and hold a port of each, so that none comes back before so many seconds are over."""
+        with ExitStack() as held:
+            for name in programs:
+                pid = self.data.read_pids()[name]["pid"]
+                port = min(one.laddr.port for one in psutil.Process(pid).net_connections() if one.status == "LISTEN")
+                self._signal(pid, signal.SIGKILL)
+                taken = held.enter_context(socket.socket())
+                while True:
+                    with suppress(OSError):
+                        # Bound and not listening: whoever calls is refused.
+                        taken.bind(("127.0.0.1", port))
+                        break
+                    await asyncio.sleep(0.001)
+            await asyncio.sleep(seconds)
+        # The wait for what was told first after it is over counts from here.
+        self.kills.append(time.monotonic())
 
     def _later(self, undo: Callable[[], object]) -> None:
         asyncio.get_running_loop().call_later(self.rng.uniform(*LASTS), undo)

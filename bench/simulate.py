@@ -2,9 +2,11 @@
 
     python -m bench.simulate --seeds 10000 --minutes 14
     python -m bench.simulate --just 1024 --say
+    python -m bench.simulate --scenario hours_away --seeds 9 --out out/bench/hours_away.json
 
 Figures add up over calls: what was carried out stays in the document, and a call goes on with the first seed that is not in
-it, until all `--seeds` are, or for `--minutes`. `--just` carries out one seed alone and writes nothing; with `--say` it shows
+it, until all `--seeds` are, or for `--minutes`. `--scenario` is another of
+`tests.sim.scenarios` than storms. `--just` carries out one seed alone and writes nothing; with `--say` it shows
 what its services log. Exit code 6 when a seed showed a fault.
 """
 
@@ -20,8 +22,8 @@ import structlog
 from connito.files import write_durably
 
 from bench.harness import machine
+from tests.sim import scenarios
 from tests.sim.checks import trace, wrong_with
-from tests.sim.scenarios import storm_of
 from tests.sim.world import carry_out, forget
 
 
@@ -36,9 +38,9 @@ class Done:
     cpu_s: float = 0.0
     wrong: dict[str, list[str]] = field(default_factory=dict)
 
-    def carry_out(self, seed: int) -> None:
+    def carry_out(self, seed: int, scenario: str) -> None:
         """Carry out one seed, and take in what came of it."""
-        began, world = time.process_time(), carry_out(seed, storm_of(seed))
+        began, world = time.process_time(), carry_out(seed, getattr(scenarios, scenario)(seed))
         try:
             found = wrong_with(world)
             self.faults += len(world.faults)
@@ -69,17 +71,18 @@ def main() -> int:
     parser.add_argument("--just", type=int, help="carry out this seed alone, and write nothing")
     parser.add_argument("--out", type=Path, default=Path("out/bench/simulate.json"))
     parser.add_argument("--say", action="store_true")
+    parser.add_argument("--scenario", default="storm_of")
     asked = parser.parse_args()
     level = "info" if asked.say else "critical"
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     if asked.just is not None:
         alone = Done()
-        alone.carry_out(asked.just)
+        alone.carry_out(asked.just, asked.scenario)
         return 6 if alone.wrong else 0
     done = Done(**json.loads(asked.out.read_text())["figures"]) if asked.out.exists() else Done()
     until, told = time.monotonic() + 60 * asked.minutes, time.monotonic()
     while done.next < asked.seeds and time.monotonic() < until:
-        done.carry_out(done.next)
+        done.carry_out(done.next, asked.scenario)
         done.next += 1
         if time.monotonic() - told > 10:
             told = time.monotonic()

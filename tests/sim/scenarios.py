@@ -55,13 +55,14 @@ def clocks_apart(seed: int) -> Scenario:
     return Scenario(storm=("kill", "pause"), every=0.8, skew=1800, limit=400)
 
 
-def after_a_reveal(seconds: float) -> tuple[Happening, ...]:
-    """The store goes away at the moment at which a reveal is stored, and comes back."""
-    done: list[bool] = []
+def after_a_reveal(seconds: float, gone: tuple[str, ...] = ("store",)) -> tuple[Happening, ...]:
+    """Store, broker or both go away at the moment at which a reveal is stored, and come back."""
+    done: list[object] = []
 
     def look(world: World) -> None:
         if not done and any(record.subject.endswith(".reveal") for record in world.broker.records("INGRESS")):
-            done.append(world.store.leave(seconds))
+            leave = {"store": world.store.leave, "broker": world.broker.stop}
+            done.extend(leave[what](seconds) for what in gone)
 
     return tuple((1.0 + 0.005 * step, look) for step in range(2000))
 
@@ -73,6 +74,12 @@ def outage(seed: int) -> Scenario:
 def long_outage(seed: int) -> Scenario:
     """The store is away for ten minutes."""
     return Scenario(script=after_a_reveal(600), limit=2000)
+
+
+def hours_away(seed: int) -> Scenario:
+    """Store, broker, or both are away for two hours; which, follows from the seed."""
+    gone = (("store",), ("broker",), ("store", "broker"))[seed % 3]
+    return Scenario(cycles=3, script=after_a_reveal(7200, gone), limit=20_000)
 
 
 def lost_object(seed: int) -> Scenario:
