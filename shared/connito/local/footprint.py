@@ -1,4 +1,4 @@
-"""Room that nothing needs any more: old lines of logs; of an ended run copies of what the store has, and work that is handed in."""
+"""Room that nothing needs any more: old lines of logs; of an ended run, copies of what the store has and handed-in work."""
 
 from __future__ import annotations
 
