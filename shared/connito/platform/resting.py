@@ -6,6 +6,7 @@ folder at once: whoever is not the first has servers of its own, on a copy.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import re
@@ -14,11 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
+from connito.bus.desk import Desk
 from connito.errors import NotFound, Retry
 from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir, Platform
 from connito.platform.servers import NatsServer, ObjectStore, Server
+from connito.wire.identity import Identity
+from connito.wire.tls import PLAIN
 
 # The folder of a reader that is not the only one, with the number of its process.
 READER = ".reader-"
@@ -73,7 +78,26 @@ def _start(data: DataDir, stack: ExitStack) -> Platform:
         stack.callback(server.stop)
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda server: server.start(), servers))
+    if accounts is not None:
+        _serve_desk(nats.url, accounts, stack)
     return Platform(0, nats.url, weed.url, weed.access_key, secret, finished=True)
+
+
+def _serve_desk(url: str, accounts: Accounts, stack: ExitStack) -> None:
+    """Hand on what readers ask, in a thread of this process: no committer is there to do it."""
+    desk = Desk(url, accounts.welcome("committer", Identity.generate()), "reader", PLAIN, lambda _: None)
+    loop = asyncio.new_event_loop()
+    serving = loop.create_task(desk.serve())
+
+    def serve() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(serving)
+        loop.close()
+
+    thread = Thread(target=serve, name="desk", daemon=True)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(loop.call_soon_threadsafe, serving.cancel)
 
 
 def _hold(data: DataDir, stack: ExitStack) -> bool:
