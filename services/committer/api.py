@@ -119,9 +119,18 @@ class SubmissionApi(services_pb2_grpc.SubmissionServiceServicer):
         for ref in (refs[digest] for digest in urls):
             # Of what was sealed for others there is an address and no key: it costs what is asked for beside it nothing.
             with suppress(NoKey, ObjectMissing, VerificationFailed):
-                if ref.realm == REALM_PRIVATE:
+                if ref.realm == REALM_PRIVATE and await self._is_of(ref, command.run):
                     keys[ref.digest] = await self._store.boxed_key(ref, signer)
         return services_pb2.RequestDownloadsResponse(urls=urls, keys=keys)
+
+    async def _is_of(self, ref: ArtifactRef, run: str) -> bool:
+        """Return whether an artifact is encrypted under a secret of who brought it. Everybody knows the digests of others'
+        compositions, and a run can name them and their secret; what services name beside, and deposits, they have checked.
+        """
+        spec = self._naming_facts(run).spec
+        if spec is None or ref.secret != spec.secret.digest:
+            return True
+        return await self._store.is_owner(ref.secret, spec.customer)
 
     async def _entitled(self, signer: str, command: services_pb2.DownloadsCommand) -> dict[str, ArtifactRef]:
         try:

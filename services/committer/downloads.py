@@ -51,18 +51,18 @@ class Downloads:
 
     def _derived(self, facts: RunFacts, key: str) -> dict[str, ArtifactRef]:
         """Return what customers derived from experts, as far as a key may see it. Who deposits names files, and to name what
-        another's run brought is no right to it."""
+        another brought is no right to it."""
         viewer = Viewer(key, self._state.roster.memberships(key))
         if not self._state.roster.permits("customer", key):
             return {}
-        found, as_customer = dict[str, ArtifactRef](), run_pb2.RunSpec(customer=key)
+        found = dict[str, ArtifactRef]()
         for fact in facts.deposits.values():
             said = fact.message
             rules = {"owner": said.owner, "visibility": said.visibility, "organisation": said.organisation}
             if viewer.sees({"governance": rules}):
                 named = (ref for ref in of_deposit(said) if ref.digest)
-                allows = self._state.naming.allows
-                found |= {ref.digest: ref for ref in named if allows(ref, as_customer, self._state.runs)}
+                owner, allows = run_pb2.RunSpec(customer=said.owner), self._state.naming.allows
+                found |= {ref.digest: ref for ref in named if allows(ref, owner, self._state.runs)}
         return found
 
     def _sees(self, spec: run_pb2.RunSpec, key: str) -> bool:

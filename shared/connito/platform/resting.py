@@ -97,7 +97,7 @@ def _serve_desk(url: str, accounts: Accounts, stack: ExitStack) -> None:
     thread = Thread(target=serve, name="desk", daemon=True)
     thread.start()
     stack.callback(thread.join)
-    stack.callback(loop.call_soon_threadsafe, serving.cancel)
+    stack.callback(lambda: loop.call_soon_threadsafe(serving.cancel))
 
 
 def _hold(data: DataDir, stack: ExitStack) -> bool:

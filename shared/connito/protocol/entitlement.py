@@ -18,6 +18,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.private import is_public
+from connito.wire.subjects import LIBRARY
 
 _PROOF_TAG = b"connito.v1.base\x00"
 
@@ -72,6 +73,8 @@ class Naming:
     """The runs that name each digest, in facts that were added in any order."""
 
     def __init__(self) -> None:
+        # The first deposit of what no run made that names a digest, as of so many deposits.
+        self._deposited, self._deposits = dict[str, Fact[run_pb2.ExpertDeposited]](), 0
         self._runs: defaultdict[str, set[str]] = defaultdict(set)
         self._digests: defaultdict[str, set[str]] = defaultdict(set)
 
@@ -90,10 +93,26 @@ class Naming:
         return sorted(self._digests.get(run, ()))
 
     def holder(self, digest: str, runs: Mapping[str, RunFacts]) -> run_pb2.RunSpec | None:
-        """Return the spec of the run that was created first among those that name a digest; None where none does."""
+        """Return the spec of the run that was created first among those that name a digest, None where none does; of what was
+        deposited before, by whoever made it without a run, one as if its owner's run had brought it.
+        """
         created = [fact for run in self._runs.get(digest, ()) if (fact := runs[run].created_fact) is not None]
         first = min(created, key=lambda fact: fact.sequence, default=None)
+        deposit = self._deposit(digest, runs.get(LIBRARY))
+        if deposit is not None and (first is None or deposit.time_unix_ms < first.time_unix_ms):
+            said = deposit.message
+            return run_pb2.RunSpec(customer=said.owner, visibility=said.visibility, organisation=said.organisation)
         return None if first is None else first.message.spec
+
+    def _deposit(self, digest: str, library: RunFacts | None) -> Fact[run_pb2.ExpertDeposited] | None:
+        deposits = library.deposits if library is not None else {}
+        if len(deposits) != self._deposits:
+            self._deposited, self._deposits = {}, len(deposits)
+            for fact in sorted(deposits.values(), key=lambda fact: fact.sequence):
+                for ref in of_deposit(fact.message):
+                    for name in filter(None, (ref.digest, ref.secret)):
+                        self._deposited.setdefault(name, fact)
+        return self._deposited.get(digest)
 
     def allows(self, ref: ArtifactRef, spec: run_pb2.RunSpec, runs: Mapping[str, RunFacts]) -> bool:
         """Return whether a spec may name an artifact: unless another customer's run did first and does not share it."""
