@@ -22,6 +22,7 @@ from connito.moe.residency import ALL, AUTO
 from connito.moe.schedule import Schedule
 from connito.protocol.claims import by_expert, claimed_rows, metadata_of
 from connito.protocol.findings import DOCUMENTS_APART
+from connito.protocol.policy.choices import ADAMW, MUON
 from connito.protocol.progress import training
 from connito.protocol.sequences import miner_batches, replays, sequences
 from connito.runtime import logs, metrics
@@ -124,10 +125,10 @@ class LocalTrainer:
         claim = claim_for(facts, model, batches, loaded.beginnings, bf16=bf16)
         batches, apart = hold_back(batches, self._settings.evaluation_share)
         own = Evaluation(model, apart, len(batches), self._settings)
-        progress = _Progress(len(batches), own)
-        schedule = schedule_of(facts.require_spec())
-        remembered, second_only = policy.moments not in ("", "fresh"), policy.moments == "second"
-        moments = OptimizerState(draft.parent).load(second_only=second_only) if remembered else None
+        progress, schedule = _Progress(len(batches), own), schedule_of(facts.require_spec())
+        moments = (
+            OptimizerState(draft.parent).load(second_only=policy.moments == "second") if remembers(policy) else None
+        )
         own_routers = routers_of(model, policy, draft.parent)
         try:
             result, stats = train_local(
@@ -136,6 +137,7 @@ class LocalTrainer:
                 learning_rate=policy.learning_rate,
                 weight_decay=policy.weight_decay,
                 betas=betas_of(policy),
+                inner=policy.optimizer or ADAMW,
                 bf16=bf16,
                 micro_batch=self._settings.micro_batch,
                 factor=lambda step: schedule.factor(cycle, step),
@@ -191,6 +193,11 @@ class LocalTrainer:
             log.info("model loaded", source=base.source, seconds=round(time.perf_counter() - begun, 2))
             self._loaded = _Loaded(facts.run, model, Beginnings(model, bf16=settings.computes_in_bf16))
         return self._loaded
+
+
+def remembers(policy: TrainPolicy) -> bool:
+    """Return whether a cycle's local steps go on with moments of the one before."""
+    return policy.moments not in ("", "fresh") and policy.optimizer != MUON
 
 
 class _Progress:
@@ -302,6 +309,7 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         micro_batch=settings.micro_batch,
         top_k=settings.top_k,
         routing_mode=policy.routing_mode or "natural",
+        inner=policy.optimizer or ADAMW,
         residency=ALL if settings.residency == AUTO else settings.residency,
         engine=replace(engine, checkpointing=settings.checkpointing == "on"),
         cuda=device.type == "cuda",

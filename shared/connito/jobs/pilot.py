@@ -16,6 +16,7 @@ from connito.data.corpus import Corpus
 from connito.jobs import replay
 from connito.jobs.check import Checked
 from connito.protocol.holdout import subsets
+from connito.protocol.policy.choices import ADAMW
 from connito.protocol.progress import MOST_REPLAY
 from connito.protocol.scoring.proof_of_loss import general_change, judge, paired
 from connito.protocol.sequences import batches_of, sequences
@@ -177,6 +178,7 @@ class _Bench:
             learning_rate=policy.learning_rate,
             weight_decay=policy.weight_decay,
             betas=betas_of(policy),
+            inner=policy.optimizer or ADAMW,
             on_step=on_step,
         )
         return state

@@ -16,6 +16,7 @@ from connito.errors import ConnitoError, Retry
 from connito.local.doctor_platform import PROBE_BYTES, SLOW_BYTES_PER_SECOND, Check, clock
 from connito.platform.log import read_runs
 from connito.protocol.findings import DOCUMENTS_APART
+from connito.protocol.policy.choices import ADAMW
 from connito.render import formats
 from connito.store.named import ref_of_bytes
 from connito.v1 import cycle_pb2, services_pb2
@@ -184,6 +185,7 @@ def _predicted(facts: RunFacts, links: _Links, have: int, *, cuda: bool) -> tupl
         policy.batch_sequences,
         policy.sequence_length,
         routing_mode=policy.routing_mode or "natural",
+        inner=policy.optimizer or ADAMW,
         residency=ALL,
         cuda=cuda,
         packed=facts.require_spec().protocol_version >= DOCUMENTS_APART,

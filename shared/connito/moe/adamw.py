@@ -28,9 +28,9 @@ class AdamW:
     def __init__(
         self,
         parameters: Mapping[str, torch.Tensor],
-        *,
         betas: tuple[float, float],
         weight_decay: float = 0.0,
+        *,
         compact: bool = False,
         start: Moments | None = None,
     ) -> None:
@@ -60,16 +60,7 @@ class AdamW:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            if name not in self._age:
-                self._first[name] = Moment.zeros(parameter, compact=self._compact, signed=True)
-                self._second[name] = Moment.zeros(parameter, compact=self._compact, signed=False)
-            young, old = self._age.get(name, (0, 0))
-            ages = self._age[name] = (young + 1, old + 1)
-            gradient = parameter.grad.reshape(-1)
-            factor = None if scale is None else scale.to(parameter.device)
-            for begin, end in _chunks(parameter):
-                part = gradient[begin:end].float()
-                self._move(name, begin, end, part if factor is None else part * factor, rate, ages)
+            self._update(name, parameter, rate, None if scale is None else scale.to(parameter.device))
             parameter.grad = None
 
     def moments(self, *, second_only: bool = False) -> Moments:
@@ -82,6 +73,19 @@ class AdamW:
         """Return the bytes that are kept beside the parameters from one step to the next."""
         low = sum(part.numel() * part.element_size() for part in self._low.values() if part is not None)
         return low + sum(moment.bytes() for moment in (*self._first.values(), *self._second.values()))
+
+    def _update(self, name: str, parameter: torch.Tensor, rate: float, factor: torch.Tensor | None) -> None:
+        """Move one tensor that has a gradient, times `factor` ([]) where there is one."""
+        if name not in self._age:
+            self._first[name] = Moment.zeros(parameter, compact=self._compact, signed=True)
+            self._second[name] = Moment.zeros(parameter, compact=self._compact, signed=False)
+        young, old = self._age.get(name, (0, 0))
+        ages = self._age[name] = (young + 1, old + 1)
+        assert parameter.grad is not None
+        gradient = parameter.grad.reshape(-1)
+        for begin, end in _chunks(parameter):
+            part = gradient[begin:end].float()
+            self._move(name, begin, end, part if factor is None else part * factor, rate, ages)
 
     def _begin(self, start: Moments) -> None:
         for name in start.shapes:

@@ -16,6 +16,7 @@ from typing import Any
 from connito.errors import Invalid
 from connito.moe.engine import Engine
 from connito.moe.residency import FOUR_BIT, HELPERS
+from connito.protocol.policy.choices import ADAMW
 from connito.render.formats import size
 from connito.v1 import reasons_pb2
 
@@ -30,6 +31,7 @@ class Workload:
     residency, engine    see `connito.moe.residency` and `connito.moe.engine`
     cuda         on a GPU, whose attention keeps no scores and whose experts of a bank are one product
     packed       rows hold several documents, which are kept apart
+    inner        the run's optimizer of local steps
     mass         share of the routing decisions that fall on targets; 0: as if all experts were used alike
     """
 
@@ -46,6 +48,7 @@ class Workload:
     cuda: bool = False
     engine: Engine = field(default_factory=Engine)
     mass: float = 0.0
+    inner: str = ADAMW
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Footprint:
     buffers      what a model holds beside its weights: rotary tables, routers' biases
     masters      what completes the trained rows to float32
     gradients    of the trained rows
-    moments      AdamW's
+    moments      the optimizer's
     activations  kept from the forward for the backward pass
     workspace    everything else: logits of a chunk, inputs and outputs of the layer at work
     """

@@ -1,4 +1,4 @@
-"""A miner's local work: H AdamW steps on the target rows of a compressed model, nothing else."""
+"""A miner's local work: H steps on the target rows of a compressed model, nothing else."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from connito.moe.batches import batch_of, get_ready, mixed
 from connito.moe.engine import EXACT, is_compact
 from connito.moe.head import Head
 from connito.moe.moments import Moments
+from connito.moe.muon import Muon
 from connito.moe.resident import read_targets, target_parameters
 from connito.moe.state import TargetState
+from connito.protocol.policy.choices import ADAMW, MUON
 from connito.v1 import reasons_pb2
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def train_local(
     learning_rate: float,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = BETAS,
+    inner: str = ADAMW,
     gradient_clip: float = 1.0,
     bf16: bool = False,
     micro_batch: int = 0,
@@ -96,9 +99,9 @@ def train_local(
     forward pass under autocast. Rows that are stored in a shorter type than float32 are updated as float32 numbers.
 
     micro_batch: sequences per forward and backward pass, gradients add up over the batch; 0 is the whole batch.
-    factor: what the rate is multiplied by at step h. optimizer: see `connito.moe.engine`. moments: where AdamW starts;
-    left as it ends. beside: routers that learn beside the shipped ones (`connito.moe.personal`). beginnings: where the first
-    pass over rows may begin.
+    factor: what the rate is multiplied by at step h. inner: `adamw` or `muon` (`connito.moe.muon`).
+    optimizer: see `connito.moe.engine`. moments: where AdamW starts; left as it ends. beside: routers that learn beside the
+    shipped ones (`connito.moe.personal`). beginnings: where the first pass over rows may begin.
 
     Deterministic for a thread count. Stops before the next step when `should_stop()`; at least one step is made.
     Raises `Invalid` for an uncompressed model or empty batches, and `NON_FINITE` when the loss leaves the numbers.
@@ -109,8 +112,8 @@ def train_local(
             "training needs a compressed model and batches [steps, sequences, length + 1]",
             reason=reasons_pb2.REASON_BAD_SPEC,
         )
-    compact = is_compact(optimizer)
-    optimiser = AdamW(parameters, betas=betas, weight_decay=weight_decay, compact=compact, start=moments)
+    kind, moments = (Muon, None) if inner == MUON else (AdamW, moments)
+    optimiser = kind(parameters, betas, weight_decay, compact=is_compact(optimizer), start=moments)
     device = next(iter(parameters.values())).device
     with mixed(device, bf16=bf16):
         head = Head(model)
@@ -146,7 +149,7 @@ class _Work:
     bf16: bool
 
     def step(self, batch: npt.NDArray[Any], size: int, rate: float, index: int, steps: int) -> float:
-        """Apply one AdamW step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
+        """Apply one step on a batch [B, L + 1], `size` sequences at a time, and return the loss before it."""
         if self.beside is not None:
             self.beside.begin(index, steps)
         tokens = int(counted(batch).sum())

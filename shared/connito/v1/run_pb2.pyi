@@ -220,6 +220,7 @@ class TrainPolicy(_message.Message):
     CODEC_FIELD_NUMBER: _builtins.int
     CODEC_RANK_FIELD_NUMBER: _builtins.int
     CODEC_SHARE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
     local_steps: _builtins.int
     """H, the local steps of a cycle."""
     sequence_length: _builtins.int
@@ -227,9 +228,9 @@ class TrainPolicy(_message.Message):
     batch_sequences: _builtins.int
     """Sequences of a local step. A job that leaves it out takes about 4,096 tokens, as far as there is text."""
     learning_rate: _builtins.float
-    """AdamW's."""
+    """Of the optimizer; Muon's steps have the size of AdamW's."""
     weight_decay: _builtins.float
-    """AdamW's."""
+    """The same."""
     routing_mode: _builtins.str
     """Where a training model sends tokens: as the full one, though absent experts add nothing (natural); to the best residents,
     scored beside all experts (masked), or as if there were no others (restricted). Weights follow the family's own law.
@@ -261,6 +262,10 @@ class TrainPolicy(_message.Message):
     """Columns of the factors of each matrix (low-rank)."""
     codec_share: _builtins.float
     """Share of the numbers that is sent (top-k)."""
+    optimizer: _builtins.str
+    """What a local step is: AdamW's (adamw; and empty, as in runs of before it existed), or for matrices Muon's (muon), which begins
+    every cycle without momentum, so that `moments` says nothing.
+    """
     def __init__(
         self,
         *,
@@ -280,10 +285,11 @@ class TrainPolicy(_message.Message):
         codec: _builtins.str = ...,
         codec_rank: _builtins.int = ...,
         codec_share: _builtins.float = ...,
+        optimizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "beta1", b"beta1"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "batch_sequences", b"batch_sequences", "beta1", b"beta1", "codec", b"codec", "codec_rank", b"codec_rank", "codec_share", b"codec_share", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "batch_sequences", b"batch_sequences", "beta1", b"beta1", "codec", b"codec", "codec_rank", b"codec_rank", "codec_share", b"codec_share", "distillation_share", b"distillation_share", "final_rate_share", b"final_rate_share", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "moments", b"moments", "optimizer", b"optimizer", "replay_share", b"replay_share", "router_distillation", b"router_distillation", "routing_mode", b"routing_mode", "sequence_length", b"sequence_length", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015

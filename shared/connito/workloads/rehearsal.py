@@ -162,6 +162,7 @@ def _moments(config: Any, targets: Experts, helpers: Experts, work: Workload) ->
                 learning_rate=1e-3,
                 bf16=work.bf16 or work.half,
                 micro_batch=work.micro_batch,
+                inner=work.inner,
                 optimizer=work.engine.optimizer,
                 on_step=counted.step_done,
             )

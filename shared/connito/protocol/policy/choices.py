@@ -14,6 +14,8 @@ SCOPES, SCOPE = ("global", "layer"), "global"
 CONTESTED, CONTESTED_RULE = ("share", "duplicate", "exclusive"), "share"
 ROUTING_MODES = ("natural", "masked", "restricted")
 MOMENTS = ("fresh", "kept", "second")
+# Of local steps.
+ADAMW, MUON = INNER_OPTIMIZERS = ("adamw", "muon")
 # Forms of a submission, see docs/adr/0030-submissions-in-a-coded-form.md.
 ROWS = "rows"
 # Those that leave out whole directions, and not only the rounding of each number.

@@ -75,6 +75,7 @@ LAW: Mapping[str, Number | Choice] = {
     "training.router_distillation": Number(0, 0, 1000, zero=True),
     "training.distillation_share": Number(0, 0, 1, zero=True),
     "training.beta1": Number(0.5, 0, 0.999, zero=True),
+    "training.optimizer": Choice(choices.ADAMW, choices.INNER_OPTIMIZERS),
     "training.codec": Choice(choices.CODECS[0], choices.CODECS),
     "training.codec_rank": Number(16, 1, 256),
     "training.codec_share": Number(0.01, 1 / 4096, 1),
