@@ -18,6 +18,7 @@ from nats.errors import Error as NatsError
 
 from connito.bus.connection import Connection, speaking
 from connito.bus.follow import BATCH, BATCH_BYTES
+from connito.bus.guard import Loud
 from connito.bus.offences import report
 from connito.bus.permissions import ANSWERED, ASKED, READ_STREAMS
 from connito.bus.streams import STREAMS
@@ -35,25 +36,20 @@ log = get_logger("desk")
 PER_SECOND, BURST, OF_BATCH = 100.0, 200.0, 2.0
 # So many wait for their turn: an honest program has one under way for each stream, and a few beside.
 WAITING = 32
-# Who has so many refused within a second means it: the guard shuts it out for a while.
-LOUD, LOUD_SECONDS = 400, 1.0
 AGAIN_SECONDS = 1.0
-
-ShutOut = Callable[[str], None]
 
 
 class Desk:
     """Hands strangers' questions on. Replicas share them; a key has its rate at each."""
 
-    def __init__(self, url: str, identity: Identity, name: str, tls: Tls, shut_out: ShutOut) -> None:
+    def __init__(self, url: str, identity: Identity, name: str, tls: Tls, shut_out: Callable[[str], None]) -> None:
         self._token = next(iter(speaking(identity.passes)), "")
         self._connect: Callable[[], Connection] = lambda: Connection(url, identity, f"{name} desk", tls, self._token)
-        self._connection, self._shut_out = self._connect(), shut_out
+        self._connection, self._loud = self._connect(), Loud(shut_out)
         self.open = asyncio.Event()
         self._rate = RateLimit(PER_SECOND, BURST, time.monotonic)
         self._waiting: dict[str, deque[tuple[str, str, bytes]]] = {}
         self._turns: set[asyncio.Task[None]] = set()
-        self._refused: dict[str, int] = {}
 
     async def serve(self) -> None:
         """Run until cancelled. What fails here is tried again, and ends nothing beside it."""
@@ -66,9 +62,8 @@ class Desk:
                 await self._connection.nc.subscribe(f"{ASKED}.*.*", queue="desk", cb=self._on_question)
                 await self._connection.nc.flush()
                 self.open.set()
-                while not self._connection.nc.is_closed:
-                    await asyncio.sleep(LOUD_SECONDS)
-                    self._refused.clear()
+                while not self._connection.nc.is_closed:  # noqa: ASYNC110 - the library tells nobody
+                    await asyncio.sleep(AGAIN_SECONDS)
             except Exception as error:
                 log.warning("strangers read nothing at the moment", error=str(error) or type(error).__name__)
             finally:
@@ -123,11 +118,8 @@ class Desk:
             self._waiting[key].extend(waiting)
 
     def _refuse(self, key: str, why: str) -> None:
-        count = self._refused[key] = self._refused.get(key, 0) + 1
-        if count == 1:
-            report("questions", key=key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=why)
-        if count == LOUD:
-            self._shut_out(key)
+        report("questions", key=key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=why)
+        self._loud.note(key, time.monotonic())
 
 
 def checked(stream: str, data: bytes) -> dict[str, Any]:

@@ -34,9 +34,26 @@ SHARE = 16
 PAGE = 256
 ANSWERS_SECONDS = 1.0
 AGAIN_SECONDS = 1.0
+TOO_MUCH = 400
 OUT_SECONDS = 60.0
 LIE = "a connection that says to be another key than its pass is for; it is closed"
 LOUD = f"asks without end; what it opens is closed for {OUT_SECONDS:.0f} seconds"
+
+
+class Loud:
+    """Tells, once a second at most, of a key that does so much within it that it means it. Times are seconds of any one clock."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._began, self._counts = tell, 0.0, Counter[str]()
+
+    def note(self, key: str, now: float) -> None:
+        """Count one."""
+        if not 0 <= now - self._began < 1.0:
+            self._began = now
+            self._counts.clear()
+        self._counts[key] += 1
+        if self._counts[key] == TOO_MUCH:
+            self._tell(key)
 
 
 class Place(NamedTuple):

@@ -203,7 +203,24 @@ def _named(facts: RunFacts, window: Window, stake: Stake, said: bool) -> Collect
     out = {ban.message.miner for ban in facts.bans.values()} | set(closed.banned if closed is not None else ())
     # What a miner says of its training is in INGRESS alone.
     unheard = set() if said or window.name != "train" else set(window.expected) - set(facts.validators)
-    return set(window.expected) - out - unheard
+    return (set(window.expected) | _owed(facts, window, said)) - out - unheard
+
+
+def _owed(facts: RunFacts, window: Window, said: bool) -> set[str]:
+    """Return the miners that a window has to wait for whomever it names: an operator could leave one out of its own list, and
+    close behind the others. Those who committed; or who were awaited in training, and said in time that it is over.
+    """
+    if window.name == "submit":
+        settled = facts.window("commit", window.cycle).settled
+        return set() if settled is None else set(settled.committed)
+    train = facts.window("train", window.cycle)
+    if window.name != "commit" or not said or train.closed_fact is None:
+        return set()
+    cut, until = train.closed_fact.message.last_sequence, train.closed_fact.time_unix_ms - TOLERANCE_MS
+    trained = facts.trained(window.cycle).items()
+    return {
+        key for key, fact in trained if key in train.expected and fact.sequence <= cut and fact.time_unix_ms < until
+    }
 
 
 def _acted(facts: RunFacts, window: Window) -> set[str]:

@@ -51,7 +51,7 @@ class CopyEvidence:
     """Data by which submissions are compared: inner products of their pseudo-gradients [n, n], and what validators measured.
 
     `gains` by validator and miner. `stakes` by validator: the effect has to be alike for those with more than half of
-    the stake that measured both, so a lying minority cannot frame anybody.
+    the stake that measured the later one, so a lying minority cannot frame anybody.
     """
 
     gram: NDArray[np.float64]
@@ -231,13 +231,14 @@ def _groups(candidates: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _agreed(later: str, miners: Sequence[str], others: Sequence[str], likeness: CopyEvidence, limit: float) -> bool:
-    """Return whether most of the stake that measured all of them finds the effects alike."""
+    """Return whether most of the stake that measured the later one finds the effects alike. Where submissions are assigned, one
+    liar may be all that measured both of two."""
     alike = asked = 0.0
     for validator, gains in likeness.gains.items():
-        if all(miner in gains for miner in (later, *miners)):
-            weight = likeness.stakes.get(validator, 1.0)
+        if later in gains:
+            weight, measured = likeness.stakes.get(validator, 1.0), all(miner in gains for miner in miners)
             asked += weight
-            alike += weight if _alike_in_effect(gains, later, miners, others, limit) else 0.0
+            alike += weight if measured and _alike_in_effect(gains, later, miners, others, limit) else 0.0
     return alike > asked / 2
 
 

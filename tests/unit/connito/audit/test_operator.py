@@ -132,6 +132,19 @@ class CloseOnB(EarlyClose):
     cause = cycle_pb2.CLOSE_CAUSE_ALL_ACTED
 
 
+class LeftUnnamed(CloseOnB):
+    """B trained and was awaited in it, the commit window names A and C alone, and closes behind the two."""
+
+    def commit(self) -> None:
+        names, self.miners = self.miners, [name for name in self.miners if name != "B" or self.number != 2]
+        super().commit()
+        self.miners = names
+
+    def close(self, window: str, cause: Any = cycle_pb2.CLOSE_CAUSE_ALL_ACTED) -> int:
+        self.world.now += 5_000 if window == "train" else 0
+        return super().close(window, cause)
+
+
 CHEATS = [OneLeftOut, OneFriend, FriendlyCut, CutOfTwo, FewNamed, EarlyClose, CloseOnB]
 
 
@@ -140,7 +153,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> World:
     return tell(tmp_path_factory.mktemp("told"))
 
 
-@pytest.mark.parametrize("story", CHEATS)
+@pytest.mark.parametrize("story", [*CHEATS, LeftUnnamed])
 async def test_a_choice_that_the_rules_leave_to_nobody_is_found_and_lies_with_the_operator(
     story: type[Cycle], tmp_path: Path
 ) -> None:

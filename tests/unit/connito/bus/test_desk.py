@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from connito.bus.desk import BURST, LOUD, OF_BATCH, PER_SECOND, WAITING, Desk, checked
+from connito.bus.desk import BURST, OF_BATCH, PER_SECOND, WAITING, Desk, checked
+from connito.bus.guard import TOO_MUCH, Loud
 from connito.bus.offences import collect
 from connito.bus.permissions import ANSWERED, ASKED
 from connito.errors import Invalid
@@ -120,7 +121,7 @@ async def test_answers_go_to_whoever_asked_alone() -> None:
 
 async def test_a_key_has_its_rate_and_others_have_theirs() -> None:
     counter, burst = Counter(), int(BURST / OF_BATCH)
-    for _ in range(burst + 1 + WAITING + LOUD + 5):
+    for _ in range(burst + 1 + WAITING + TOO_MUCH + 5):
         await counter.ask(seq=1, batch=256)
     assert len(counter.client.asked) == burst
     assert counter.out == [KEY], "told once, of who does not stop"
@@ -140,3 +141,14 @@ async def test_who_is_ahead_of_its_rate_waits_for_its_turn() -> None:
     assert [int(reply.rsplit(".")[-1]) for _, _, reply in counter.client.asked] == list(range(burst + 10))
     assert not counter.desk._waiting
     assert not collect()
+
+
+def test_a_second_is_a_second_of_whatever_clock() -> None:
+    told: list[str] = []
+    loud = Loud(told.append)
+    for number in range(10 * TOO_MUCH):
+        loud.note(KEY, 1_000_000 + number / (TOO_MUCH - 1))
+    assert told == [], "just below the rate, for ten seconds"
+    for number in range(3 * TOO_MUCH):
+        loud.note(OTHER if number % 3 else KEY, 2_000_000 + number / (3 * TOO_MUCH))
+    assert told == [OTHER, KEY], "each is counted by itself"

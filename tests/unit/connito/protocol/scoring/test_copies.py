@@ -171,6 +171,21 @@ def test_a_lying_minority_frames_nobody_and_equal_effects_alone_convict_nobody()
     assert find_copies(entries(1, 2), same, POLICY) == {}
 
 
+def test_one_liar_that_alone_was_given_both_frames_nobody() -> None:
+    """Of three validators that each scored the accused, where the seed gave the other one to the liar and to others."""
+    deltas = np.array([[1.0, 0, 0], [0, 1.0, 0], [0.5, 0.0, 0.87]])
+    truth, lie = gains(effect(1), effect(2), effect(3)), gains(effect(1), effect(2), effect(1), validators="C")
+    given = {"A": ("U1", "U2"), "B": ("U1", "U2"), "C": ("U0", "U1", "U2")}
+    apart = {
+        validator: {miner: {**truth, **lie}[validator][miner] for miner in miners}
+        for validator, miners in given.items()
+    }
+    assert find_copies(entries(1, 2, 3), CopyEvidence(deltas @ deltas.T, apart), POLICY) == {}
+    # Two that agree, of three, are enough.
+    apart["B"] = apart["C"]
+    assert find_copies(entries(1, 2, 3), CopyEvidence(deltas @ deltas.T, apart), POLICY) == {"U2": "U0"}
+
+
 def test_too_few_sequences_and_opposite_effects_say_nothing() -> None:
     few = dict.fromkeys(SEQUENCES[:11], 1.0)
     assert distance(few, [few]) == float("inf")
