@@ -7,9 +7,10 @@ loss, each expert taken as far as a merge would, is merged only where the merge 
 loss by more than chance gives way to the best submission. `default, strict gate` allows for no chance, as the gate did in
 what was measured of the seeds before; so does `default, gainers alone`, which never merges what does not lower the loss.
 `default, judged whole` judges submissions as they are, as earlier runs did; in `default, unjudged` and the other arms everybody
-is merged, no step is shortened, and there is no gate. Two central runs: one with as many steps in a row, each on the batches of
-all miners together, and one with as many tokens in batches of one miner's size; each the better of a rate that stays and one that
-falls, chosen with the reported text, which favours it. `kept` is the fall of the held-out loss over central's fall.
+is merged, no step is shortened, and there is no gate. `default, Muon` is the default with `training.optimizer: muon`. Central
+runs: one with as many steps in a row, each on the batches of all miners together, by AdamW and by Muon, and one with as many
+tokens in batches of one miner's size; each the better of a rate that stays and one that falls, chosen with the reported text,
+which favours it. `kept` is the fall of the held-out loss over central's fall.
 
 A cell is one seed, data, number of miners, H and arm. It is kept in a file of its own, so a run goes on where it was stopped.
 """
@@ -31,6 +32,7 @@ from connito.moe.training import BETAS
 from connito.protocol.claims import claimed_rows, counts_of
 from connito.protocol.merging.by_expert import Use, judged
 from connito.protocol.merging.gate import Losses, Rule, judge
+from connito.protocol.policy.choices import ADAMW, MUON
 from connito.workloads.scoring import rebase
 
 from bench.compose_setup import base
@@ -60,7 +62,12 @@ TARGET = "target"
 RATES = {1: 2e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
 # Of central, with what each falls to by a cosine: the two best of twice as many.
 SAME = "steps, same rate"
-CENTRAL_RATES = {"steps": ((8e-3, 1.0), (1.6e-2, 0.1)), "tokens": ((8e-3, 1.0), (8e-3, 0.1))}
+BY_MUON = "steps of Muon"
+CENTRAL_RATES = {
+    "steps": ((8e-3, 1.0), (1.6e-2, 0.1)),
+    "tokens": ((8e-3, 1.0), (8e-3, 0.1)),
+    BY_MUON: ((3.2e-2, 1.0), (6.4e-2, 0.1)),
+}
 
 
 STRICT = "default, strict gate"
@@ -95,6 +102,8 @@ def cells(seeds: Sequence[int]) -> Iterator[Cell]:
                 yield from (Cell(seed, "central", miners, 0, of) for of in CENTRAL_RATES if steps == 20)
                 for data in reversed(DATA):
                     yield Cell(seed, data, miners, steps, STRICT if seed in STRICT_SEEDS else "default")
+                    if miners == 4 and steps in (5, 50) and seed not in STRICT_SEEDS:
+                        yield Cell(seed, data, miners, steps, "default, Muon")
                     if steps == 20 and miners == 4:
                         yield from (Cell(seed, data, miners, steps, arm) for arm in ARMS if arm != "default")
                         continue
@@ -213,7 +222,10 @@ class Bench:
         for rate, final in CENTRAL_RATES[cell.arm]:
             write_targets(self.model, self.evaluator.base)
             schedule = Schedule(1, len(batches), final)
-            state, _ = train_local(self.model, batches, learning_rate=rate, factor=partial(schedule.factor, 1))
+            inner = MUON if cell.arm == BY_MUON else ADAMW
+            state, _ = train_local(
+                self.model, batches, learning_rate=rate, factor=partial(schedule.factor, 1), inner=inner
+            )
             gain = self.start - loss_of(self.evaluator, state, self.report)
             found.append({"rate": rate, "final_rate_share": final, "gain": gain})
         return max(found, key=lambda row: row["gain"]) | {"tried": found}

@@ -16,7 +16,8 @@ def decentralised(document: Mapping[str, Any]) -> str:
 `bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
 over that of one with as many tokens in batches of one miner's size; of each the better of a rate that stays and one that
-falls. *Of a rate that stays* is over the first at the miners' rate, held constant; a dash was not measured. Reported are
+falls. *Of a rate that stays* is over the first at the miners' rate, held constant, and *of Muon's* over a run of Muon with as many
+steps; a dash was not measured. *Default, Muon* is the default with `training.optimizer: muon`. Reported are
 the seeds {_list(settings["seeds_reported"])} by the gate of now, and {_list(settings["seeds_by_the_strict_gate"])} by the one
 before it, all named before their first run; rates and rules were chosen on {_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
@@ -52,6 +53,7 @@ _HEAD = (
     "kept at equal steps",
     "of a rate that stays",
     "kept at equal tokens",
+    "of Muon's at equal steps",
     "seeds",
 )
 
@@ -60,20 +62,22 @@ def _kept(found: Mapping[str, Any]) -> list[list[str]]:
     arms = dict.fromkeys(key.rsplit(", equal ", 1)[0] for key in found if ", equal " in key)
     lines = []
     for name in arms:
-        both = [found.get(f"{name}, equal {of}") for of in ("steps", "steps, same rate", "tokens")]
+        both = [found.get(f"{name}, equal {of}") for of in ("steps", "steps, same rate", "tokens", "steps of Muon")]
         shares = ["–" if one is None else f"{_spread(one, '.0f')} %" for one in both]
         lines.append([name, *shares, str(max(one[3] for one in both if one is not None))])
     return lines
 
 
 def _goal(found: Mapping[str, Any], goal: float) -> str:
-    default, strict = _shares(found, "default"), _shares(found, "default, strict gate")
+    default, strict, muon = (_shares(found, arm) for arm in ("default", "default, strict gate", "default, Muon"))
     if not default:
         return f"The goal is {100 * goal:.0f} % at equal steps, of the default, which has not been measured on other seeds."
     before = {name: share for name, share in strict.items() if name not in default}
     said = [
         ("The default meets it with", _met(default, goal)),
         ("The default misses it with", _missed(default, goal)),
+        ("With Muon it meets it with", _met(muon, goal)),
+        ("With Muon it misses it with", _missed(muon, goal)),
         ("By the strict gate alone were measured, and meet it:", _met(before, goal)),
         ("By the strict gate alone were measured, and miss it:", _missed(before, goal)),
     ]

@@ -151,6 +151,7 @@ ARMS = {
     "default": Arm(DEFAULT, judged=True, gainless=True),
     "default, strict gate": Arm(DEFAULT, judged=True, gainless=True, margin=0.0),
     "default, gainers alone": Arm(DEFAULT, judged=True, margin=0.0),
+    "default, Muon": Arm(DEFAULT, work="muon", judged=True, gainless=True, rate=4.0),
     "default, unjudged": Arm(DEFAULT, by_expert=False),
     "default, judged whole": Arm(DEFAULT, judged=True, by_expert=False, margin=0.0),
     "whole, mean": Arm(PLAIN),
