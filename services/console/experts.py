@@ -88,6 +88,11 @@ class Wanted:
         return bool(self.words.split() or self.domain or self.base)
 
 
+def wanted(form: Mapping[str, str]) -> Wanted:
+    """Return the search that an address or a form asks for."""
+    return Wanted(form.get("q", ""), form.get("domain", ""), form.get("base", ""), everything="all" in form)
+
+
 def seen_by(key: str, roster: Roster) -> Sees:
     """Return whether a key may see an expert, or a run's: a public one, its own, its organisation's, as the operator any."""
     return seen_as(Viewer(key, roster.memberships(key), everything=roster.permits("operator", key)))

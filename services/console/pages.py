@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from connito.errors import Invalid, Retry
 from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
@@ -37,14 +35,14 @@ from starlette.types import ASGIApp
 from . import charts, experts, login, views
 from .access import Access, Guard
 from .artifacts import Artifacts
-from .cards import as_html, effects
 from .figures import ExpertFigures
 from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
 from .lineage import lineage
+from .shown import Shown
 from .state import Feed
-from .trial import LENGTHS, MAX_TEXT, Asked, Offer, Piece, Trial, as_events
-from .trial import MAX_FORM_BYTES as MAX_TRY_BYTES
+from .trial import Trial
+from .tries import Tries
 from .waterfall import waterfall
 from .why import why
 
@@ -53,16 +51,6 @@ HERE = Path(__file__).parent
 SOONEST_SECONDS = 0.25
 HEARTBEAT_SECONDS = 5.0
 LEADERBOARD = "/leaderboard"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A template and what goes into it. `live` is False where nothing will change any more."""
-
-    template: str
-    title: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    live: bool = True
 
 
 Page = Callable[[Request], Shown]
@@ -75,7 +63,8 @@ class Console:
         self, feed: Feed, access: Access, artifacts: Artifacts, figures: ExpertFigures, trial: Trial, *,
         secure_cookie: bool = False,
     ) -> None:  # fmt: skip
-        self.feed, self.access, self.artifacts, self.figures, self.trial = feed, access, artifacts, figures, trial
+        self.feed, self.access, self.artifacts, self.figures = feed, access, artifacts, figures
+        self.tries = Tries(artifacts, trial, self._experts, self._render)
         self._secure_cookie = secure_cookie
         self._board: tuple[int, Mapping[str, Any]] | None = None
         self._templates = Environment(
@@ -105,9 +94,8 @@ class Console:
         routes: list[Route | Mount] = [Route(path, self._endpoint(page)) for path, page in pages.items()]
         routes += [
             Route(LEADERBOARD, self._leaderboard),
-            Route("/library/{expert}", self._expert),
             Route("/runs/{run}/verify/{version:int}", self._verify, methods=["POST"]),
-            Route("/library/{expert}/try", self._try, methods=["POST"]),
+            *self.tries.routes(),
             *login.routes(self.access, self._templates.get_template("login.html").render, secure=self._secure_cookie),
             Mount("/static", StaticFiles(directory=HERE / "static")),
         ]
@@ -241,9 +229,7 @@ class Console:
 
     def _library(self, request: Request) -> Shown:
         asked, rows = request.query_params, self._experts(request)
-        wanted = experts.Wanted(
-            asked.get("q", ""), asked.get("domain", ""), asked.get("base", ""), everything="all" in asked
-        )
+        wanted = experts.wanted(asked)
         values = {
             "experts": experts.matching(rows, wanted), "wanted": wanted, "total": len(rows),
             "domains": sorted({row.domain for row in rows}), "bases": sorted({row.base for row in rows if row.base}),
@@ -258,55 +244,6 @@ class Console:
         rows = [row for row in self._experts(request) if row.expert_id in wanted]
         values = {"experts": rows, "domains": experts.comparison(rows)}
         return Shown("compare.html", "Comparison", values)
-
-    async def _expert(self, request: Request) -> Response:
-        row, family = self._row(request)
-        return await self._show_expert(request, row, family, await self._offer(row))
-
-    async def _try(self, request: Request) -> Response:
-        """Return the answers of an expert and its base to a reader's text: as they come, or on the page in whole."""
-        login.own_pages_only(request)
-        row, family = self._row(request)
-        offer, streams = await self._offer(row), request.headers.get("accept", "").startswith("text/event-stream")
-        form = await login.form(request, MAX_TRY_BYTES)
-        try:
-            if offer.problem:
-                raise Invalid(offer.problem)
-            asked = Asked.read(form)
-            if streams:
-                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-                pieces = as_events(self.trial.pieces(offer, asked))
-                return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
-            return await self._show_expert(request, row, family, offer, asked, await self.trial.answers(offer, asked))
-        except (Invalid, Retry) as error:
-            if streams:
-                return PlainTextResponse(str(error), 400 if isinstance(error, Invalid) else 503)
-            return await self._show_expert(request, row, family, Offer(offer.models, str(error)), Asked.kept(form))
-
-    def _row(self, request: Request) -> tuple[experts.ExpertRow, experts.Family]:
-        rows = self._experts(request)
-        row = next((row for row in rows if row.expert_id == request.path_params["expert"]), None)
-        if row is None:
-            raise HTTPException(404, "There is no such expert in this library.")
-        return row, experts.family(row, rows)
-
-    async def _offer(self, row: experts.ExpertRow) -> Offer:
-        if row.withdrawn:
-            return Offer(problem="It is withdrawn: nobody may use it any more.")
-        return await self.trial.offer(row.expert_id)
-
-    async def _show_expert(
-        self, request: Request, row: experts.ExpertRow, family: experts.Family, offer: Offer, asked: Asked | None = None,
-        answers: Mapping[str, Piece] | None = None,
-    ) -> Response:  # fmt: skip
-        about = await self.artifacts.about(row.record)
-        commands = [f"connito library export {row.expert_id} --out expert", f"connito library verify {row.expert_id}"]
-        values = {
-            "expert": row, "card": as_html(about.card), "commands": [] if row.withdrawn else commands,
-            "effects": effects(about.record), "family": family, "offer": offer, "serve": self.trial.url,
-            "asked": asked or Asked(""), "answers": answers or {}, "lengths": LENGTHS, "most": MAX_TEXT,
-        }  # fmt: skip
-        return HTMLResponse(self._render("page.html", request, Shown("expert.html", row.expert_id, values, live=False)))
 
     async def _verify(self, request: Request) -> Response:
         """Return whether the store holds the bytes of a version."""

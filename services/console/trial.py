@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from connito.errors import Invalid, Retry
 
 SIDES = ("base", "expert")
-MAX_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 64 << 10, 1 << 20
+MAX_TEXT, EXAMPLE_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 1000, 64 << 10, 1 << 20
 LENGTHS = (32, 64, 128)
 # Readers whose answers are computed at once; offers are asked for again after so long.
 AT_ONCE, FRESH_SECONDS = 4, 5.0
@@ -66,6 +66,15 @@ class Asked:
         text = form.get("text", "").replace("\r\n", "\n").replace("\r", "\n")
         tokens = next((length for length in LENGTHS if str(length) == form.get("tokens")), LENGTHS[1])
         return cls(text, tokens, form.get("words") == "drawn")
+
+
+def example_of(text: str) -> str:
+    """Return a text that experts are measured on. Raises `Invalid` for one that is too short or too long."""
+    if len(text.strip()) < 2:
+        raise Invalid("There is no text to measure.")
+    if len(text) > EXAMPLE_TEXT:
+        raise Invalid(f"The text has {len(text):,} characters; measure at most {EXAMPLE_TEXT:,}.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -178,9 +187,7 @@ class Trial:
 
     async def pieces(self, offer: Offer, asked: Asked) -> AsyncGenerator[Piece]:
         """Give both answers as they come. Leaving early ends them at the server, too. Raises `Retry` where too many ask."""
-        if self._running >= AT_ONCE:
-            raise Retry("Others are trying experts at this moment; try again in a minute.")
-        self._running += 1
+        self._take_place()
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
 
         def put(piece: Piece | None) -> None:
@@ -205,6 +212,43 @@ class Trial:
         finally:
             late.cancel()
             _cut(lines.values())
+
+    async def losses(self, models: Sequence[str], text: str) -> dict[str, float]:
+        """Return the loss of a text by each model, in nats per token. Raises `Retry`, `Invalid`."""
+        self._take_place()
+        loop, lines = asyncio.get_running_loop(), {model: _Line() for model in models}
+        work = loop.run_in_executor(self._sides, self._losses, lines, text)
+        work.add_done_callback(self._free)
+        late = loop.call_later(ANSWER_SECONDS, _cut, lines.values())
+        try:
+            return await asyncio.shield(work)
+        finally:
+            late.cancel()
+            _cut(lines.values())
+
+    def _losses(self, lines: Mapping[str, _Line], text: str) -> dict[str, float]:
+        found = {}
+        self._lines.update(lines.values())
+        try:
+            for model, line in lines.items():
+                body = {"model": model, "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0}
+                document = json.loads(self._open(line, "POST", "/completions", body, ANSWER_SECONDS).read(MAX_LINE))
+                scores = document["choices"][0]["logprobs"]["token_logprobs"][1:]
+                found[model] = -sum(map(float, scores)) / len(scores)
+        except (OSError, HTTPException) as error:
+            raise self._away(error) from error
+        except (*UNREADABLE, IndexError, ZeroDivisionError) as error:
+            raise self._other(error) from error
+        finally:
+            self._lines.difference_update(lines.values())
+            for line in lines.values():
+                line.close()
+        return found
+
+    def _take_place(self) -> None:
+        if self._running >= AT_ONCE:
+            raise Retry("Others are trying experts at this moment; try again in a minute.")
+        self._running += 1
 
     def _free(self, _: object) -> None:
         self._running -= 1

@@ -75,6 +75,7 @@ class Site:
             "expert": f"/library/{self.expert}",
             "comparison": f"/library/compare?id={self.expert}",
             "demand": "/library/demand",
+            "example": "/library/example",
             "dead-letters": "/dead-letters",
             "bus": "/bus",
             "problem": "/runs/no-such-run",

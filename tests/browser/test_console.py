@@ -127,6 +127,21 @@ def test_an_expert_is_tried_beside_its_base(browser: Chromium, site: Site, axe: 
         assert page.problems() == []
 
 
+def test_experts_are_found_by_an_example(browser: Chromium, site: Site, axe: Path) -> None:
+    with browser.page(f"{site.address}/library") as page:
+        page.evaluate("[...document.querySelectorAll('a')].find((one) => one.innerText === 'By example').click()")
+        page.until("location.pathname === '/library/example' && document.getElementById('text')", "the form")
+        page.evaluate("document.getElementById('text').focus()")
+        page.call("Input.insertText", text="turnip with leek:\nChop the turnip and boil the leek.")
+        page.evaluate("document.querySelector('form.try button').click()")
+        page.until("document.querySelectorAll('#savings tbody tr').length > 0", "the savings")
+        row = page.evaluate("document.querySelector('#savings tbody tr').innerText")
+        assert site.expert in row
+        assert "→" in row
+        assert page.barriers(axe) == []
+        assert page.problems() == []
+
+
 def test_without_a_server_the_page_says_so(browser: Chromium, site: Site, axe: Path) -> None:
     with serving("console", data=site.data, CONNITO_CONSOLE_SERVE_URL="http://127.0.0.1:9/v1") as address:
         until_read(address, site.run)

@@ -24,7 +24,7 @@ PERFORMING = {
     # A web page: it decides nothing and writes nothing.
     "console": {
         "access", "artifacts", "cards", "charts", "experts", "figures", "heatmap", "history", "lineage", "login", "pages",
-        "readers", "sign_in", "trial", "views", "waterfall", "why",
+        "readers", "shown", "sign_in", "trial", "tries", "views", "waterfall", "why",
     },
 }  # fmt: skip
 # Who decides elsewhere: auditors share the library's plan of a deposit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlencode
@@ -32,6 +33,7 @@ class Server(Trial):
         super().__init__()
         self._offer, self._found = offer, found
         self.asked: list[Asked] = []
+        self.measured: list[tuple[list[str], str]] = []
 
     async def offer(self, expert: str) -> Offer:
         return self._offer
@@ -42,26 +44,42 @@ class Server(Trial):
         self.asked.append(asked)
         return {side: Piece(side, "so it goes") for side in offer.models}
 
+    async def losses(self, models: Sequence[str], text: str) -> dict[str, float]:
+        self.measured.append((list(models), text))
+        return {"tiny": 3.5, "tiny+medical-1": 3.25}
 
-async def tried(trial: Trial, **form: str) -> str:
-    """The page that answers a form."""
+
+def request_of(path: str, form: dict[str, str]) -> Request:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": urlencode(form).encode()}
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [],
+        "path_params": {"expert": "medical-1"}, "server": ("127.0.0.1", 80), "scheme": "http",
+    }  # fmt: skip
+    return Request(scope, receive)
+
+
+def console_of(trial: Trial) -> Console:
     story = a_run()
     end(story)
     feed = SimpleNamespace(
         runs={RUN: story.facts}, roster=Roster({"operator": frozenset({"UOPERATOR"})}), clock=lambda: story.now, letters=[],
         connection=Connection(True, True, 0), bus=SimpleNamespace(identity=SimpleNamespace(public="UME")),
     )  # fmt: skip
-    console = Console(cast(Feed, feed), Access(""), Artifacts(None), ExpertFigures(None, lambda: None), trial)
+    return Console(cast(Feed, feed), Access(""), Artifacts(None), ExpertFigures(None, lambda: None), trial)
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": urlencode({**FORM, **form}).encode()}
 
-    path = "/library/medical-1/try"
-    scope = {
-        "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [],
-        "path_params": {"expert": "medical-1"}, "server": ("127.0.0.1", 80), "scheme": "http",
-    }  # fmt: skip
-    return bytes((await console._try(Request(scope, receive))).body).decode()
+async def tried(trial: Trial, **form: str) -> str:
+    """The page that answers a form."""
+    answer = await console_of(trial).tries.answer(request_of("/library/medical-1/try", {**FORM, **form}))
+    return bytes(answer.body).decode()
+
+
+async def measured(trial: Trial, **form: str) -> str:
+    """The page on which experts are measured by an example."""
+    answer = await console_of(trial).tries.example(request_of("/library/example", {"text": "A <b>word</b>", **form}))
+    return bytes(answer.body).decode()
 
 
 async def test_lines_go_on_as_the_reader_wrote_them() -> None:
@@ -99,3 +117,30 @@ async def test_a_text_of_nothing_can_be_written_again() -> None:
     page = await tried(Server(OFFER), text=" ")
     assert "There is no text to go on with." in page
     assert "</textarea>" in page
+
+
+async def test_experts_are_measured_by_an_example() -> None:
+    trial = Server(OFFER)
+    page = await measured(trial)
+    assert trial.measured == [(["tiny", "tiny+medical-1"], "A <b>word</b>")]
+    assert ">-0.2500<" in page
+    assert "3.5000 → 3.2500" in page
+    assert "A &lt;b&gt;word&lt;/b&gt;</textarea>" in page
+
+
+@pytest.mark.parametrize(
+    ("trial", "form", "said"),
+    [
+        (Server(OFFER), {"text": " "}, "There is no text to measure."),
+        (Server(OFFER), {"text": "x" * 1001}, "The text has 1,001 characters; measure at most 1,000."),
+        (Server(OFFER), {"domain": "law"}, "None of these experts is served: CONNITO_CONSOLE_SERVE_URL"),
+        (Server(Offer(problem="No server answers.")), {}, "None of these experts is served"),
+    ],
+)
+async def test_an_example_that_nobody_can_measure_is_kept_and_told_why(
+    trial: Server, form: dict[str, str], said: str
+) -> None:
+    page = await measured(trial, **form)
+    assert f'role="alert">{said}' in page
+    assert "</textarea>" in page
+    assert trial.measured == []

@@ -359,3 +359,53 @@ async def test_an_answer_that_drips_ends(monkeypatch: pytest.MonkeyPatch) -> Non
             assert found[side].text.startswith("so")
             assert "did not come to an end in 1 seconds" in found[side].problem
         await idle(trial)
+
+
+def scores(*values: float | None) -> dict[str, object]:
+    return {"choices": [{"logprobs": {"token_logprobs": list(values)}}]}
+
+
+async def test_a_texts_loss_by_every_model_is_the_mean_of_what_the_server_says() -> None:
+    asked: list[dict[str, object]] = []
+
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        asked.append(body)
+        writer.write(document("200 OK", scores(None, -1.0, -4.0 if body["model"] == "tiny" else -2.0)))
+
+    async with server(answer) as address:
+        trial = Trial(address)
+        assert await trial.losses(["tiny", "tiny+law-1"], "By law") == {"tiny": 2.5, "tiny+law-1": 1.5}
+        await idle(trial)
+    assert [(body["prompt"], body["echo"], body["max_tokens"]) for body in asked] == [("By law", True, 0)] * 2
+
+
+@pytest.mark.parametrize("body", [scores(), scores(None), scores(None, None), {"choices": []}, {}, [1]])
+async def test_scores_that_are_none_are_no_loss(body: object) -> None:
+    async def answer(_: str, __: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(document("200 OK", body))
+
+    async with server(answer) as address:
+        trial = Trial(address)
+        with pytest.raises(Invalid, match="is no `connito serve`"):
+            await trial.losses(["tiny"], "By law")
+        await idle(trial)
+
+
+async def test_a_reader_who_leaves_ends_a_measurement_and_one_too_many_is_told_so() -> None:
+    left, asking = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def answer(_: str, __: dict[str, object], ___: asyncio.StreamWriter) -> None:
+        asking.release()
+
+    async with server(answer, left) as address, asyncio.timeout(20):
+        trial = Trial(address)
+        readers = [asyncio.create_task(trial.losses(["tiny", "tiny+law-1"], "By law")) for _ in range(AT_ONCE)]
+        for _ in readers:
+            await asking.acquire()
+        with pytest.raises(Retry, match="Others are trying"):
+            await trial.losses(["tiny"], "By law")
+        for reader in readers:
+            reader.cancel()
+        for _ in readers:
+            await left.acquire()
+        await idle(trial)
