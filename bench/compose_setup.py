@@ -19,15 +19,17 @@ def text(domain: str, count: int, seed: int, length: int = 64) -> npt.NDArray[np
 
 
 def base(folder: Path, seed: int, steps: int = 0) -> Path:
-    """Return the tiny base; with `steps`, all of its experts trained on all domains, so that they differ from one
-    another.
+    """Return the tiny base, built once in a folder; with `steps`, all of its experts trained on all domains, so that they
+    differ from one another.
     """
     from connito.base.checkpoint import save_checkpoint
     from connito.base.loading import load_full, load_tokenizer
     from connito.base.tiny import DOMAINS, build_tiny
     from connito.moe.rows import write_rows
 
-    plain = build_tiny(folder / f"plain-{seed}", seed=seed)
+    plain = folder / f"plain-{seed}"
+    if not plain.exists():
+        build_tiny(plain, seed=seed)
     if not steps:
         return plain
     everything = {index: list(range(8)) for index in (2, 3)}

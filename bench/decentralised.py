@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,13 +101,11 @@ def cells(seeds: Sequence[int]) -> Iterator[Cell]:
                 yield from (Cell(seed, "central", miners, 0, of) for of in CENTRAL_RATES if steps == 20)
                 for data in reversed(DATA):
                     yield Cell(seed, data, miners, steps, STRICT if seed in STRICT_SEEDS else "default")
-                    if miners == 4 and steps in (5, 50) and seed not in STRICT_SEEDS:
+                    if miners == 4 and steps > 1 and seed not in STRICT_SEEDS:
                         yield Cell(seed, data, miners, steps, "default, Muon")
                     if steps == 20 and miners == 4:
                         yield from (Cell(seed, data, miners, steps, arm) for arm in ARMS if arm != "default")
                         continue
-                    if miners == 4 and steps in (1, 5) and seed not in STRICT_SEEDS:
-                        yield Cell(seed, data, miners, steps, STRICT)
                     if steps == 20 or (miners == 4 and data == "non-IID"):
                         yield from (Cell(seed, data, miners, steps, arm) for arm in BESIDE)
 
@@ -136,7 +133,7 @@ def run(options: Options) -> Result:
         if path.exists() or not _named(cell, options.only.replace("pilot", "")):
             continue
         if cell.seed not in benches:
-            benches = {cell.seed: Bench(Rig(cell.seed, _base(folder, cell.seed)))}
+            benches = {cell.seed: Bench(Rig(cell.seed, base(folder, cell.seed)))}
         note(cell.name)
         begun = time.monotonic()
         row = {**asdict(cell), **benches[cell.seed].measure(cell)}
@@ -152,12 +149,6 @@ def _named(cell: Cell, only: str) -> bool:
     return not only.strip() or any(
         cell.name.startswith(f"{word}-") or cell.name.endswith(word) for word in only.split()
     )
-
-
-def _base(folder: Path, seed: int) -> Path:
-    """Return a seed's base, built once for all its cells."""
-    made = folder / f"plain-{seed}"
-    return made if made.exists() else base(folder, seed)
 
 
 QUICK = ("steps", "tokens", "default", "default, gainers alone", "whole, mean")

@@ -16,8 +16,8 @@ def decentralised(document: Mapping[str, Any]) -> str:
 `bench.decentralised`: {settings["steps"]} local steps a miner of {settings["batch_sequences"]} sequences, in cycles of H;
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
 over that of one with as many tokens in batches of one miner's size; of each the better of a rate that stays and one that
-falls. *Of a rate that stays* is over the first at the miners' rate, held constant, and *of Muon's* over a run of Muon with as many
-steps; a dash was not measured. *Default, Muon* is the default with `training.optimizer: muon`. Reported are
+falls. *Of a rate that stays* is over the first at the miners' rate, held constant, *of Muon's* over a run of Muon
+with as many steps; a dash was not measured. *Default, Muon* is the default with `training.optimizer: muon`. Reported are
 the seeds {_list(settings["seeds_reported"])} by the gate of now, and {_list(settings["seeds_by_the_strict_gate"])} by the one
 before it, all named before their first run; rates and rules were chosen on {_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its
@@ -76,7 +76,7 @@ def _goal(found: Mapping[str, Any], goal: float) -> str:
     said = [
         ("The default meets it with", _met(default, goal)),
         ("The default misses it with", _missed(default, goal)),
-        ("With Muon it meets it with", _met(muon, goal)),
+        ("With Muon it meets it, of the same run of AdamW, with", _met(muon, goal)),
         ("With Muon it misses it with", _missed(muon, goal)),
         ("By the strict gate alone were measured, and meet it:", _met(before, goal)),
         ("By the strict gate alone were measured, and miss it:", _missed(before, goal)),

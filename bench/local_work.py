@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KINDS = (*INNER_OPTIMIZERS, "fedprox", "scaffold")
-PROXIMAL = 0.1
+PROXIMAL = 1e-3
 
 
 @dataclass

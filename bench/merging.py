@@ -165,8 +165,9 @@ ARMS = {
     "tokens, no outer momentum": Arm(replace(DEFAULT, aggregator="mean", weighting="tokens", rate=1.0, momentum=0.0)),
     "FedAvg": Arm(replace(PLAIN, rate=1.0, momentum=0.0)),
     "FedProx": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="fedprox"),
-    "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold"),
-    "FedAdam": Arm(replace(PLAIN, server="adam", rate=8e-3)),
+    # Rates and strengths that kept most on pilot seed 901, both ways of data together, of those in the lab notes.
+    "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold", rate=0.05),
+    "FedAdam": Arm(replace(PLAIN, server="adam", rate=6e-2)),
     "MuLoCo": Arm(PLAIN, work="muon"),
-    "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0]),
+    "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0], rate=0.5),
 }

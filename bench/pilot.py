@@ -173,8 +173,7 @@ class Pilot:
 
         if self.name == "demo":
             return build_cached("demo", lambda *_: None) / "model"
-        made = self._folder / f"plain-{self.seed}"
-        return made if made.exists() else base(self._folder, self.seed)
+        return base(self._folder, self.seed)
 
     def load(self) -> Any:
         """Return a fresh full model."""
