@@ -81,7 +81,7 @@ class Aggregator:
         opened = facts.window("train", max(facts.cycle, 1)).opened
         ref = facts.require_selection().initial_state if opened is None else opened.state
         state = await self._store.fetch(ref)
-        async with self._budget.slot("gate"):
+        async with evaluator.turn, self._budget.slot("gate"):
             await asyncio.to_thread(_measure_both, evaluator, ref.digest, state)
         log.info("the model is ready", run=run)
 
@@ -118,7 +118,7 @@ class Aggregator:
         with tempfile.TemporaryDirectory(prefix="connito-merge-") as folder:
             files = await self._fetch(facts, cycle, submissions)
             work = partial(merge_cycle, facts, cycle, submissions, agreed, {}, files, evaluator.measure, Path(folder))
-            async with self._budget.slot("merge"):
+            async with evaluator.turn, self._budget.slot("merge"):
                 merged = await asyncio.to_thread(work)
             await self._publish(run, cycle, merged)
 
@@ -135,7 +135,7 @@ class Aggregator:
         files = await fetch_named(self._store, spec, self._bus.identity)
         state, base = await self._store.fetch(due.state), await fetch_base(self._store, spec)
         evaluator = await self._evaluator(facts)
-        async with self._budget.slot("gate") as give_way:
+        async with evaluator.turn, self._budget.slot("gate") as give_way:
 
             def work(stop: threading.Event) -> BenchmarksMeasured:
                 def between() -> None:
@@ -144,8 +144,7 @@ class Aggregator:
                         raise Invalid(f"it was not scored within {MEASURING_SECONDS / 3600:g} hours of the run's end")
 
                 tokenizer = load_tokenizer(base.files) if spec.tasks else None
-                with evaluator.alone() as whole:
-                    return measure(whole, tokenizer, spec, files, due.state.digest, state, between)
+                return measure(evaluator.evaluator, tokenizer, spec, files, due.state.digest, state, between)
 
             scores = await in_thread(work)
         if self._leading() and lacks_scores(self._facts(run)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ class GateEvaluator:
     # By domain, the target first: [n, length + 1].
     sequences: Mapping[Part, Mapping[str, Array]]
     _known: dict[tuple[str, Part], Losses] = field(default_factory=dict)
+    # For whoever shares the cores: held before they are, or two would each hold what the other waits for.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     # States are written into the model in place: one thread at a time.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,12 +61,6 @@ class GateEvaluator:
             held["report"][domain] = rows[parts.report]
         layers, _ = experts_of(selection)
         return cls(Evaluator(load_full(files, device=device_of()), layers), held)
-
-    @contextmanager
-    def alone(self) -> Iterator[Evaluator]:
-        """Give the model to one thread."""
-        with self._lock:
-            yield self.evaluator
 
     def measure(self, part: Part, digest: str, state: Path) -> Losses:
         """Return losses of the state with this digest. Loads the file only if it was not measured before."""
