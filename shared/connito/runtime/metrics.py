@@ -277,7 +277,7 @@ WAITING = declare(
     "Actions and messages that wait for something here and now, by what it is and for which run",
     ("dependency", "run"),
     when_bad="above 0 for minutes: mend what `dependency` names, the log and `connito status` say what is wrong; nothing has "
-    "to be restarted, except for `repair`: what fails by itself is given up after some tries, until its service is started again",
+    "to be restarted: what fails by itself (`repair`) is tried again every ten minutes, or at once when its service is restarted",
 )
 RUN_PAUSED = declare(
     Gauge,
