@@ -10,8 +10,9 @@ import asyncio
 import json
 
 from connito.bus import Bus
-from connito.errors import Retry
+from connito.errors import Fatal, Retry
 from connito.runtime.logs import get_logger
+from connito.runtime.waiting import WAITING
 from connito.wire.fact import Record
 from connito.wire.kept import Kept, anchor_of
 from connito.wire.log import Log
@@ -25,6 +26,8 @@ EVERY_SECONDS, EVERY_MESSAGES = 5.0, 4096
 # or when so many messages wait in memory.
 REST, MOST_MESSAGES = 100, 8192
 LOOKS, LOOK_SECONDS = 5, 0.2
+# Newest runs that are looked at where the log is not the one that was kept.
+MOST_RUNS = 32
 
 
 class Keeping:
@@ -43,11 +46,27 @@ class Keeping:
             record = await self._stored_at(stream, sequence)
             if record is None or anchor_of(record) != anchor:
                 log.warning("another log than the one that was kept: it is read from the start", stream=stream)
+                await self._tell_lost(stream)
                 self.kept.forget()
                 positions = {}
                 break
         self._log.restore(self.kept)
         return {stream: sequence + 1 for stream, (sequence, _) in positions.items()}
+
+    async def _tell_lost(self, stream: str) -> None:
+        """Say of which runs the broker has the first fact that was read here, and not the last: of one that was archived, or in
+        another log, it has neither.
+        """
+        for run, first, last in self.kept.spans(stream)[:MOST_RUNS]:
+            begun, ended = await self._stored_at(stream, first), await self._stored_at(stream, last)
+            if begun is None or run_of(begun.subject) != run or (ended and run_of(ended.subject) == run):
+                continue
+            error = Fatal(
+                f"the broker has lost what it had stored: message {last} of {stream}, a fact of this run that was read here. "
+                "Restore a backup into an empty folder (`connito restore`), or start another run"
+            )
+            log.error("the broker has lost a fact", run=run, stream=stream, sequence=last)
+            WAITING.give_up(f"{run}/{stream}/lost", error, run)
 
     async def _stored_at(self, stream: str, sequence: int) -> Record | None:
         looks = 0

@@ -62,6 +62,7 @@ _CYCLE, _SUM_OF_CYCLE = (
 _STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
 _OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
 _OF_A_CYCLE = f"{_STANDING} where run = ? and cycle = ?"
+_SPANS = "select run, min(sequence), max(sequence) from facts where stream = ? group by run order by 3 desc"
 _LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers, tag from aside"
 # What SQLite says of a damaged file; its words may themselves hold bytes of it.
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -289,6 +290,10 @@ class Kept:
             stream, sequence, anchor = row
             found[stream] = (sequence, anchor)
         return found
+
+    def spans(self, stream: str) -> list[tuple[str, int, int]]:
+        """Return runs with the sequences of their first and last facts in a stream, the newest first."""
+        return [(str(run), int(first), int(last)) for run, first, last in self._read(_SPANS, (stream,))]
 
     def notes(self) -> Iterator[tuple[str, bytes]]:
         """Yield what was noted of each run. Raises `Fatal` as `all`."""
