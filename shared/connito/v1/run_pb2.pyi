@@ -228,9 +228,9 @@ class TrainPolicy(_message.Message):
     batch_sequences: _builtins.int
     """Sequences of a local step. A job that leaves it out takes about 4,096 tokens, as far as there is text."""
     learning_rate: _builtins.float
-    """Of the optimizer; Muon's steps have the size of AdamW's."""
+    """Of a local step, AdamW's or Muon's: their steps have the same size."""
     weight_decay: _builtins.float
-    """The same."""
+    """Of a local step, whichever optimizer takes it."""
     routing_mode: _builtins.str
     """Where a training model sends tokens: as the full one, though absent experts add nothing (natural); to the best residents,
     scored beside all experts (masked), or as if there were no others (restricted). Weights follow the family's own law.
