@@ -791,7 +791,7 @@ async def test_a_stream_that_is_not_there_is_named_to_who_reads_and_shown_by_who
     monkeypatch.setattr("connito.bus.client.STORED_PATIENCE", 0.1)
     with NatsServer(tmp_path) as server:
         async with await Bus.connect(server.url, None, "reader") as bus:
-            with pytest.raises(Retry, match="for stream RUNS; run `connito streams ensure`"):
+            with pytest.raises(Retry, match="for stream RUNS in time; run `connito streams ensure`"):
                 await anext(bus.stored(["RUNS"]))
             following = asyncio.ensure_future(anext(bus.follow(["MERGE"])))
             async with asyncio.timeout(PATIENCE):

@@ -23,11 +23,13 @@ from unittest.mock import patch
 import psutil
 import pytest
 from connito.bus import Bus, CaughtUp, streams
+from connito.bus.desk import Desk
+from connito.bus.follow import follow
 from connito.bus.guard import ANSWERS_SECONDS, SHARE, Guard
 from connito.bus.lease import Lease
 from connito.bus.offences import collect
 from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, PLATFORM, accounts_of
-from connito.errors import ConnitoError
+from connito.errors import ConnitoError, Retry
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
 from connito.runtime.tasks import end_tasks
@@ -107,6 +109,7 @@ class Boundary:
         self.access, self.server = access, server
         self.opened: list[Bus | Client] = []
         self.operator: Bus
+        self.desk: Desk
 
     def key(self, name: str) -> Identity:
         return Identity.load(self.access.folder / "keys" / f"{name}.nk")
@@ -144,7 +147,7 @@ async def boundary(tmp_path: Path) -> AsyncIterator[Boundary]:
         found = Boundary(access, server)
         found.operator = await found.bus(found.key("operator"))
         await streams.ensure(found.operator.js)
-        async with desk(server.url, found.key("committer")):
+        async with desk(server.url, found.key("committer")) as found.desk:
             yield found
         for one in found.opened:
             with suppress(Exception):
@@ -434,6 +437,65 @@ async def test_header_blocks_that_are_none_stop_no_reader(boundary: Boundary) ->
         read = [record async for record in boundary.operator.stored(["INGRESS"])]
     assert [record.sequence for record in read] == list(range(1, stored + 1))
     assert read[-1].subject == ingress(RUN, honest.identity.public, "trained")
+
+
+# Tokens of a subject that are no text, or that a client library takes for two words.
+RAW_TOKENS = (b"\xff\xfe", b"x\x0by", b"x\x0c7\x0b8")
+SHORT_BLOCKS = (b"x", b"NATS/1.0 \xff\xff\xff\r\n\r\n")
+
+
+async def test_bytes_that_are_no_text_end_nobodys_reading(boundary: Boundary) -> None:
+    """What a client library cannot take apart ended its reading: that of all who follow for twelve seconds, and the committer's
+    again each time its queue handed the message out."""
+    honest, attacker = await boundary.bus(boundary.newcomer()), await boundary.hostile()
+    committer = await boundary.bus(boundary.key("committer"))
+    handled: asyncio.Queue[Record] = asyncio.Queue()
+    work = asyncio.create_task(committer.consume("committer", handled.put))
+    key, follower = attacker.identity.public.encode(), honest.follow(["INGRESS"], of_all=True)
+    async with aclosing(follower) as items:
+        assert isinstance(await anext(items), CaughtUp)
+        reading = [committer.connection.nc, honest._reading.nc, boundary.desk._connection.nc]
+        for token in RAW_TOKENS:
+            asked = b'PUB %s.RUNS.%s %s.%s.%s 9\r\n{"seq":1}\r\n'
+            await attacker.clients["miners-read"]._send_command(
+                asked % (ASKED.encode(), key, ANSWERED.encode(), key, token)
+            )
+            said = b"PUB connito.v1.%s.ingress.%s.trained 1\r\nx\r\n"
+            await attacker.clients["miners-say"]._send_command(said % (token, key))
+        for block in SHORT_BLOCKS:
+            size = len(block)
+            asked = b'HPUB %s.RUNS.%s %s.%s.a %d %d\r\n%s{"seq":1}\r\n'
+            await attacker.clients["miners-read"]._send_command(
+                asked % (ASKED.encode(), key, ANSWERED.encode(), key, size, size + 9, block)
+            )
+            said = b"HPUB connito.v1.r.ingress.%s.trained %d %d\r\n%sx\r\n"
+            await attacker.clients["miners-say"]._send_command(said % (key, size, size + 1, block))
+        await settled(boundary, attacker)
+        await honest.publish_ingress(RUN, "trained", cycle_pb2.TrainingFinished(run=RUN, cycle=1))
+        mine = ingress(RUN, honest.identity.public, "trained")
+        async with asyncio.timeout(PATIENCE):
+            followed = [await anext(items)]
+            while followed[-1].subject != mine:  # type: ignore[union-attr]
+                followed.append(await anext(items))
+            worked = [await handled.get() for _ in followed]
+    assert len(followed) > len(RAW_TOKENS), "the broker stores what is no text"
+    assert {record.sequence for record in worked} == {record.sequence for record in followed}  # type: ignore[union-attr]
+    assert [nc.stats["reconnects"] for nc in reading] == [0, 0, 0]
+    assert not any(nc._reading_task is None or nc._reading_task.done() for nc in reading)
+    await end_tasks([work])
+
+
+async def test_a_stranger_is_told_who_does_not_take_its_questions(
+    boundary: Boundary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = await boundary.bus(boundary.newcomer())
+    monkeypatch.setattr("connito.bus.desk.AGAIN_SECONDS", 3600.0)
+    await boundary.desk._connection.nc.close()
+    with pytest.raises(Retry, match="in time; the committer hands on what strangers ask"):
+        await honest.look("RUNS", seq=1)
+    with pytest.raises(Retry, match="in time; the committer hands on what strangers ask"):
+        async with asyncio.timeout(PATIENCE):
+            [item async for item in follow(honest._reading, ["RUNS"], "", {}, patience=0.0)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, NoRespondersError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -20,6 +19,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 from connito.bus.offences import report
+from connito.bus.peer import Client
 from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, SYSTEM
 from connito.errors import Fatal, Invalid, Retry, Unusable
 from connito.runtime import metrics
@@ -67,6 +67,8 @@ class Connection:
         # In an account of strangers, which has nothing but what it imports.
         self.account = str(claims_of(token)["name"]) if token else ""
         self.stranger = self.account in ACCOUNTS
+        # Whoever reads there asks the desk (`connito.bus.desk`), and is answered from another account.
+        self._by_desk = self.stranger and bool(ACCOUNTS[self.account].told)
         self._context: ssl.SSLContext | None = None
         self._refused_certificate: Invalid | None = None
         self.nc = client if client is not None else Client()
@@ -138,12 +140,12 @@ class Connection:
             return refusal(error, f"the broker at {self.url}")
 
     def _inbox(self, key: str) -> str:
-        """Return where answers come to: what a stranger asks for comes from another account."""
-        return f"{ANSWERED}.{key}" if self.stranger and ACCOUNTS[self.account].told else inbox_prefix(key)
+        """Return where answers come to."""
+        return f"{ANSWERED}.{key}" if self._by_desk else inbox_prefix(key)
 
     def stored_in(self, stream: str) -> str:
         """Return where this side asks for what a stream holds: the broker, or the desk of strangers."""
-        if self.stranger and self.identity is not None:
+        if self._by_desk and self.identity is not None:
             return f"{ASKED}.{stream}.{self.identity.public}"
         return f"$JS.API.DIRECT.GET.{stream}"
 
@@ -217,14 +219,16 @@ class Connection:
         if isinstance(error, ConnectionClosedError):
             return Fatal(f"the connection to the broker at {self.url} is closed ({what})")
         if isinstance(error, (NoRespondersError, NoStreamResponseError, ServiceUnavailableError)):
-            return Retry(
-                f"nothing at the broker answers for {what}; if this stays, run `connito streams ensure`",
-                after=0.5,
-                dependency="broker",
-            )
+            return self.silent(what, "if this stays, run `connito streams ensure`")
         if isinstance(error, (NatsTimeoutError, asyncio.TimeoutError, OutboundBufferLimitError, OSError)):
-            return Retry(f"the broker at {self.url} did not answer for {what} in time", after=0.5, dependency="broker")
+            return self.silent(what)
         return Fatal(f"unexpected error of the broker for {what}: {error}")
+
+    def silent(self, what: str, otherwise: str = "") -> Retry:
+        """Return the error for what gets no answer, with what `otherwise` is to be done than to wait for a committer."""
+        after = "the committer hands on what strangers ask, and may be away" if self._by_desk else otherwise
+        text = f"the broker at {self.url} did not answer for {what} in time" + (f"; {after}" if after else "")
+        return Retry(text, after=0.5, dependency="broker")
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error)

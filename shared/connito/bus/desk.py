@@ -38,6 +38,8 @@ PER_SECOND, BURST, OF_BATCH = 100.0, 200.0, 2.0
 WAITING = 32
 AGAIN_SECONDS = 1.0
 
+Question = dict[str, Any]
+
 
 class Desk:
     """Hands strangers' questions on. Replicas share them; a key has its rate at each."""
@@ -48,7 +50,7 @@ class Desk:
         self._connection, self._loud = self._connect(), Loud(shut_out)
         self.open = asyncio.Event()
         self._rate = RateLimit(PER_SECOND, BURST, time.monotonic)
-        self._waiting: dict[str, deque[tuple[str, str, bytes]]] = {}
+        self._waiting: dict[str, deque[tuple[str, Question, str]]] = {}
         self._turns: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
@@ -76,53 +78,61 @@ class Desk:
         _, _, _, stream, key = msg.subject.split(".")
         if not msg.reply.startswith(f"{ANSWERED}.{key}."):
             return self._refuse(key, "a question whose answer would go to somebody else")
-        waiting = self._waiting.get(key)
-        if waiting is None:
-            return await self._hand_on(key, stream, msg.reply, msg.data)
-        if len(waiting) >= WAITING:
-            return self._refuse(key, f"more questions than {PER_SECOND:.0f} a second")
-        waiting.append((stream, msg.reply, msg.data))
-        return None
-
-    async def _hand_on(self, key: str, stream: str, reply: str, data: bytes) -> None:
-        """Ask the broker, or let the question wait until the key has its turn."""
         try:
-            question = checked(stream, data)
+            question = checked(stream, msg.data)
         except (Invalid, ValueError, LookupError, TypeError, RecursionError):
             return self._refuse(key, "a question that no program of ours asks")
+        asked = (f"$JS.API.DIRECT.GET.{stream}", question, msg.reply)
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            if later := self._ahead(key, question):
+                self._waiting[key] = deque([asked])
+                self._turn(key, later)
+            else:
+                await self._hand_on(*asked)
+        elif len(waiting) < WAITING:
+            waiting.append(asked)
+        else:
+            self._refuse(key, f"more questions than {PER_SECOND:.0f} a second")
+        return None
+
+    def _ahead(self, key: str, question: Question) -> float:
+        """Return how long a question has to wait, 0 where it is the key's turn, which it takes then."""
         try:
             self._rate.take(key, OF_BATCH if "batch" in question else 1.0)
         except Invalid as later:
-            self._waiting.setdefault(key, deque()).appendleft((stream, reply, data))
-            asyncio.get_running_loop().call_later(later.after or AGAIN_SECONDS, self._turn, key)
-            return None
+            return later.after or AGAIN_SECONDS
+        return 0.0
+
+    async def _hand_on(self, subject: str, question: Question, reply: str) -> None:
         try:
-            await self._connection.nc.publish(
-                f"$JS.API.DIRECT.GET.{stream}", json.dumps(question).encode(), reply=reply
-            )
+            await self._connection.nc.publish(subject, json.dumps(question).encode(), reply=reply)
         except (NatsError, OSError) as error:
             # Whoever asked asks again.
             log.debug("a question is lost", error=str(error))
-        return None
 
-    def _turn(self, key: str) -> None:
-        turn = asyncio.get_running_loop().create_task(self._work_off(key))
+    def _turn(self, key: str, later: float) -> None:
+        turn = asyncio.get_running_loop().create_task(self._work_off(key, later))
         self._turns.add(turn)
         turn.add_done_callback(self._turns.discard)
 
-    async def _work_off(self, key: str) -> None:
-        waiting = self._waiting.pop(key)
-        while waiting and key not in self._waiting:
-            await self._hand_on(key, *waiting.popleft())
-        if waiting:
-            self._waiting[key].extend(waiting)
+    async def _work_off(self, key: str, later: float) -> None:
+        """Hand on what waits, in its order and at the key's rate. Until nothing does, what comes is put behind it."""
+        try:
+            while waiting := self._waiting[key]:
+                await asyncio.sleep(later)
+                later = self._ahead(key, waiting[0][1])
+                if not later:
+                    await self._hand_on(*waiting.popleft())
+        finally:
+            del self._waiting[key]
 
     def _refuse(self, key: str, why: str) -> None:
         report("questions", key=key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=why)
         self._loud.note(key, time.monotonic())
 
 
-def checked(stream: str, data: bytes) -> dict[str, Any]:
+def checked(stream: str, data: bytes) -> Question:
     """Return a question as it is handed on: for a batch, or for one message. Raises for what is neither.
 
     A filter is that of the stream, of all runs or of one, which the broker has an index for; the last message is that on one
@@ -137,7 +147,7 @@ def checked(stream: str, data: bytes) -> dict[str, Any]:
         if not isinstance(subject, str) or (subject != STREAMS[stream].filter() and set("*>") & set(subject)):
             raise ValueError(subject)
         return {"last_by_subj": subject}
-    question: dict[str, Any] = {"seq": max(1, _number(asked["seq"]))}
+    question: Question = {"seq": max(1, _number(asked["seq"]))}
     if "batch" in asked:
         question["batch"] = min(BATCH, _number(asked["batch"]))
         question["max_bytes"] = min(BATCH_BYTES, _number(asked.get("max_bytes", BATCH_BYTES)))

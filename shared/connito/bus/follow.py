@@ -313,12 +313,10 @@ class _Reader:
                     return int(headers.get("Nats-Num-Pending", 0)) > 0
                 if status == "404":
                     return False
-                hint = "; run `connito streams ensure`" if status == "503" else ""
-                raise Retry(
-                    f"the broker answers {status or 'nothing'} for stream {self.stream}{hint}",
-                    after=0.5,
-                    dependency="broker",
-                )
+                what = f"stream {self.stream}"
+                if status == "503":
+                    raise self.connection.silent(what, "run `connito streams ensure`")
+                raise Retry(f"the broker answers {status or 'nothing'} for {what}", after=0.5, dependency="broker")
 
     async def _answer(self) -> Any:
         """Return the next answer. Raises what the connection or the broker's denial says, `Retry` when none comes."""
@@ -327,7 +325,7 @@ class _Reader:
                 async with asyncio.timeout(REQUEST_TIMEOUT):
                     answer = await self.answers.get()
             except TimeoutError:
-                raise Retry(f"the broker does not answer for {self.stream}", dependency="broker") from None
+                raise self.connection.silent(f"stream {self.stream}") from None
         else:
             answer = self.answers.get_nowait()
         if isinstance(answer, Exception):

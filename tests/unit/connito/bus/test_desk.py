@@ -88,8 +88,11 @@ class Client:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any], str]] = []
+        self.slow = False
 
     async def publish(self, subject: str, data: bytes, reply: str) -> None:
+        if self.slow:
+            await asyncio.sleep(0)
         self.asked.append((subject, json.loads(data), reply))
 
 
@@ -152,3 +155,24 @@ def test_a_second_is_a_second_of_whatever_clock() -> None:
     for number in range(3 * TOO_MUCH):
         loud.note(OTHER if number % 3 else KEY, 2_000_000 + number / (3 * TOO_MUCH))
     assert told == [OTHER, KEY], "each is counted by itself"
+
+
+async def test_what_comes_while_others_are_handed_on_stands_behind_them() -> None:
+    """Each of two that found nothing waiting had a turn of its own, and the second's ended in an error."""
+    counter, burst = Counter(), int(BURST)
+    counter.client.slow = True
+    for number in range(burst + 10):
+        await counter.ask(reply=f"{ANSWERED}.{KEY}.{number}")
+    counter.now += 1.0
+    turns = set(counter.desk._turns)
+    async with asyncio.timeout(10):
+        while len(counter.client.asked) < burst + 3:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0)
+        for number in range(burst + 10, burst + 20):
+            await counter.ask(reply=f"{ANSWERED}.{KEY}.{number}")
+            turns |= counter.desk._turns
+        while len(counter.client.asked) < burst + 20:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*turns)
+    assert [int(reply.rsplit(".")[-1]) for _, _, reply in counter.client.asked] == list(range(burst + 20))
+    assert not counter.desk._waiting
