@@ -69,6 +69,24 @@ def test_vectors_take_adamws_step() -> None:
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 48), (3, 5, 7)])
+@pytest.mark.parametrize("compact", [True, False])
+def test_an_expert_without_tokens_stays_where_it_is(shape: tuple[int, ...], compact: bool) -> None:
+    """Its momentum fades, but a step is as long whatever is left of it."""
+    bank = torch.nn.Parameter(start(shape, torch.float32))
+    ours = Muon({"bank": bank}, betas=BETAS, compact=compact)
+    first, *later = gradients(shape, torch.float32)
+    bank.grad = first
+    ours.step(RATE)
+    before = bank.detach().clone()
+    for gradient in later:
+        gradient[1] = 0
+        bank.grad = gradient
+        ours.step(RATE)
+    assert torch.equal(bank[1], before[1])
+    assert all((bank[index] != before[index]).any() for index in (0, 2))
+
+
 @pytest.mark.parametrize(("compact", "bytes_a_value"), [(True, 1 + 4 / 256), (False, 4)])
 def test_it_keeps_half_of_what_adamw_keeps(compact: bool, bytes_a_value: float) -> None:
     bank = torch.nn.Parameter(start((2, 16, 32), torch.float32))
