@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
 Residency = Literal["auto", "all", "four-bit", "helpers"]
+Optimizer = Literal["adamw", "muon"]
 DEFAULT_KEY = Path("miner.nk")
 
 
@@ -145,6 +146,7 @@ def fits(
     bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
     residency: Annotated[Residency, typer.Option(help="Frozen experts to hold; auto: the best that fits.")] = "auto",
     cuda: Annotated[bool, typer.Option("--cuda", help="For a GPU, wherever this is asked.")] = False,
+    optimizer: Annotated[Optimizer, typer.Option(help="The run's training.optimizer.")] = "adamw",
     memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -170,6 +172,7 @@ def fits(
         residency=ALL if residency == AUTO else residency,
         packed=True,
         cuda=cuda,
+        inner=optimizer,
     )
     have = memory_bytes or free_bytes()
     switches = tuple(switch for switch in SWITCHES if switch.field != "residency" or residency == AUTO)

@@ -14,6 +14,7 @@ from connito.jobs.findings import Finding
 from connito.jobs.spec import Job
 from connito.moe.footprint import Workload
 from connito.protocol.holdout import subsets
+from connito.protocol.policy.choices import ADAMW
 from connito.protocol.policy.profiles import PROFILES
 from connito.protocol.sequences import sequences
 from connito.render import formats
@@ -42,7 +43,7 @@ def fit_lengths(
     if not _said(job, "sequence_length"):
         wanted = int(np.quantile(sizes, WHOLE, method="higher")) - 1
         length, why = _bounded(max(STEP, -(-wanted // STEP) * STEP), spec, context, held)
-        policy.sequence_length = _in_memory(length, job, context)
+        policy.sequence_length = _in_memory(length, job, context, policy.optimizer or ADAMW)
         if policy.sequence_length < length:
             why = "of budget.memory"
     if not _said(job, "batch_sequences"):
@@ -86,14 +87,14 @@ def _scores(length: int, spec: RunSpec, held: Mapping[str, Corpus]) -> bool:
     return True
 
 
-def _in_memory(length: int, job: Job, context: JobContext) -> int:
+def _in_memory(length: int, job: Job, context: JobContext, inner: str) -> int:
     """Return the length with which one sequence at a time fits into the job's budget, with one expert a layer selected."""
     if length <= STEP or not job.budget.memory:
         return length
     from connito.workloads.predicting import predictor
 
     predict = predictor(context.config(), {layer: [0] for layer in context.manifest.expert_bytes()}, {})
-    while length > STEP and predict(Workload(1, length, packed=True)).total > job.budget.memory:
+    while length > STEP and predict(Workload(1, length, packed=True, inner=inner)).total > job.budget.memory:
         length = max(STEP, length // 2 // STEP * STEP)
     return length
 

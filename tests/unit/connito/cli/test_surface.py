@@ -69,7 +69,7 @@ VERBS = {
     "job cancel": {"--json"},
     "miner fits": {
         "--json", "--base", "--selection", "--sequences", "--length", "--bf16-parameters", "--memory-bytes", "--experts",
-        "--micro-batch", "--residency", "--cuda",
+        "--micro-batch", "--residency", "--cuda", "--optimizer",
     },
     "miner init": {"--json"},
     "miner run": {"--key", "--label", "--invite", "--bus", "--roster", "--json"},
@@ -359,6 +359,8 @@ def test_whether_a_selection_fits_is_said_before_anything_is_loaded(
     asked = ("miner", "fits", "--base", tmp_path, "--selection", selection, "--json", "--memory-bytes")
     said = json.loads(call(*asked, 10**9).out)
     assert (said["fits"], said["residency"], said["settings"]) == (True, "all", {})
+    muon = json.loads(call(*asked, 10**9, "--optimizer", "muon").out)
+    assert muon["total"] < said["total"], "it keeps half of what AdamW keeps"
     tight = json.loads(call(*asked, said["total"] - 1).out)
     assert tight["fits"]
     assert tight["total"] < said["total"]
