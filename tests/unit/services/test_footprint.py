@@ -35,10 +35,11 @@ def test_no_model_library_is_imported_and_memory_is_small(name: str, forbidden: 
     assert found["mb"] < 120
 
 
-def test_products_are_not_spread_over_cores_beside_threads_of_our_own() -> None:
+@pytest.mark.parametrize("module", ["services.aggregator.actions", "connito.cli", "connito.audit.audit"])
+def test_products_are_not_spread_over_cores_beside_threads_of_our_own(module: str) -> None:
     """A merge of forty files took two and a half times the CPU seconds where they were (`bench.merge_pass`)."""
     code = (
-        "import services.aggregator.actions, numpy, os;"
+        f"import {module}, numpy, os;"
         "numpy.ones((900, 900)) @ numpy.ones((900, 900)); print(len(os.listdir('/proc/self/task')))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
