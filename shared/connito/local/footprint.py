@@ -15,20 +15,26 @@ from connito.store.eviction import PASSING, USED
 LARGE_BYTES = 8 << 20
 
 # A log that has grown so long keeps its last quarter.
-LOG_BYTES = 32 << 20
+LOG_BYTES, CHUNK = 32 << 20, 1 << 20
 
 
 def trim(logs: Path) -> None:
     """Cut the logs that have grown long. Who writes one appends, and goes on at its new end."""
     for path in (*logs.glob("*.log"), *logs.glob("*.jsonl")):
         with suppress(OSError):
-            if path.stat().st_size > LOG_BYTES:
-                with path.open("r+b") as file:
-                    file.seek(-(LOG_BYTES // 4), os.SEEK_END)
-                    last = file.read().partition(b"\n")[2]
-                    file.seek(0)
-                    file.write(last)
-                    file.truncate()
+            if (size := path.stat().st_size) > LOG_BYTES:
+                with path.open("r+b", buffering=0) as file:
+                    _keep_from(file.fileno(), size - LOG_BYTES // 4)
+
+
+def _keep_from(file: int, at: int) -> None:
+    """Move the lines that begin behind `at` to the front, with those that somebody appends meanwhile, and cut off the rest."""
+    kept, first = 0, True
+    while part := os.pread(file, CHUNK, at):
+        at += len(part)
+        kept += os.pwrite(file, part.partition(b"\n")[2] if first else part, kept)
+        first = False
+    os.ftruncate(file, kept)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connito.local import footprint
@@ -58,6 +59,26 @@ def test_a_log_that_grows_for_ever_keeps_its_last_lines(tmp_path: Path, monkeypa
     assert lines == [b"line %d" % number for number in range(2000 - len(lines), 2000)]
     assert 50 < len(lines) < 500
     assert short.stat().st_size == 4000
+
+
+def test_lines_that_are_written_while_a_log_is_cut_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "LOG_BYTES", 4000)
+    (log := tmp_path / "busy.log").write_bytes(b"".join(b"line %d\n" % number for number in range(500)))
+    write, came = os.pwrite, list[bytes]()
+
+    def busy(*given: Any) -> int:
+        """Write, while the owner of the log writes as well."""
+        if len(came) < 3:
+            came.append(b"meanwhile %d\n" % len(came))
+            with log.open("ab") as owner:
+                owner.write(came[-1])
+        return write(*given)
+
+    monkeypatch.setattr("connito.local.footprint.os.pwrite", busy)
+    footprint.trim(tmp_path)
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert lines[-3:] == came
+    assert lines[:-3] == [b"line %d\n" % number for number in range(503 - len(lines), 500)]
 
 
 async def test_a_supervisor_trims_what_its_services_write(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
