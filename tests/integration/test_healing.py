@@ -15,7 +15,7 @@ from connito.platform.servers import ObjectStore
 from connito.store import ArtifactStore, get_presigned
 from connito.store.cache import Cache
 from connito.store.named import key_of
-from connito.v1.artifacts_pb2 import ArtifactRef
+from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 
 from tests.support.run import Run
 
@@ -88,3 +88,27 @@ async def test_it_is_named_to_everybody_who_reads_it_and_put_back_from_a_cache(
     (line,) = await Healer(store, (empty, wrong, full), story.facts).heal([wait])
     assert line == f"put {ref.digest} back, which miner-1 waits for: the store had lost or damaged it"
     assert (await store.fetch(ref)).read_bytes() == CONTENT
+
+
+async def test_it_is_put_back_everywhere_and_not_at_every_look(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes may lie in two realms, and whoever waits says the digest alone."""
+    now = 0.0
+    monkeypatch.setattr("connito.local.healing.time.monotonic", lambda: now)
+    (file := tmp_path / "file").write_bytes(CONTENT)
+    places = [ArtifactRef(realm=REALM_PUBLIC), ArtifactRef(realm=REALM_HOLDOUT)]
+    first, second = [await store.put_file(file, "x/y", place) for place in places]
+    await store.remove(key_of(second), 0.0)
+    (cache := Cache(tmp_path / "full")).adopt(file, first)
+    story = Run(name="r").say(
+        "run", 0, "created", spec={"run": "r", "secret": first, "tasks": [{"domain": "d", "artifact": second}]}
+    )
+    healer, wait = Healer(store, (cache,), story.facts), Wait("a", "b", "r", "object", f"has no {second.digest}", False)
+    assert len(await healer.heal([wait])) == 1
+    assert await store.stat(second) == len(CONTENT)
+    await store.remove(key_of(second), 0.0)
+    assert await healer.heal([wait]) == [], "a large one is not hashed and sent every two seconds"
+    now += 31
+    assert len(await healer.heal([wait])) == 1
+    assert await store.stat(second) == len(CONTENT)
