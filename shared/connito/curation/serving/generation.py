@@ -140,7 +140,7 @@ class Generator:
             while not router.output_queue.empty():
                 router.output_queue.get_nowait()
 
-    def score(self, ids: list[int], slot: int, count: int, *, ahead: bool) -> Scores:
+    def score(self, ids: list[int], slot: int, count: int, ahead: bool) -> Scores:
         """Return the scores of a prompt, between two batches: nothing else is computed meanwhile, so one call at a time."""
         self._require_alive()
         with self.paused():

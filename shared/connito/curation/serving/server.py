@@ -6,9 +6,9 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from connito.curation.serving.errors import RefusedError
 from connito.curation.serving.generation import Generator
@@ -23,6 +23,8 @@ from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,7 +75,9 @@ class Server:
         self._waiting, self._seconds = waiting, seconds
         # Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()), default=1)
-        self._changing, self._thread_bound, self._scoring = asyncio.Lock(), asyncio.Lock(), 0
+        self._changing, self._thread_bound = asyncio.Lock(), asyncio.Lock()
+        # Whose prompt is scored next, and how many are to be.
+        self._turn, self._scoring = asyncio.Lock(), 0
 
     async def prepare(self, request: ChatRequest | CompletionRequest, viewer: Viewer) -> Work:
         """Read a request as far as it can be without the model. Raises `RefusedError`."""
@@ -96,13 +100,12 @@ class Server:
         async with self._loaded(work) as loaded:
             self.roster.use(work.asked, work.viewer)
             queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-            jobs = [
-                asyncio.create_task(
-                    (self._one if work.likeliest is None else self._scored)(index, ids, loaded, work, queue)
-                )
-                for index, ids in enumerate(ids for ids in work.prompts for _ in range(work.n))
-            ]
-            left = len(jobs)
+            wanted = [ids for ids in work.prompts for _ in range(work.n)]
+            if work.likeliest is None:
+                jobs = [asyncio.create_task(self._one(*each, loaded, work, queue)) for each in enumerate(wanted)]
+            else:
+                jobs = [asyncio.create_task(self._score(loaded, work, queue))]
+            left = len(wanted)
             try:
                 while left:
                     piece = await queue.get()
@@ -126,7 +129,7 @@ class Server:
         """Write uses down, and take experts out that may no longer be used."""
         await asyncio.to_thread(self.roster.write_uses)
         async with self._changing:
-            gone = await asyncio.to_thread(self._change, self.roster.unload_refused)
+            gone = await _to_its_end(self._change, self.roster.unload_refused)
         for loaded in gone:
             log.info("taken out", experts=list(loaded.experts), why=loaded.gone)
 
@@ -145,7 +148,7 @@ class Server:
         async with self._changing:
             there = work.asked.key in self.roster.loaded
             load: Callable[[Asked], Loaded] = self.roster.load
-            loaded = load(work.asked) if there else await asyncio.to_thread(self._change, load, work.asked)
+            loaded = load(work.asked) if there else await _to_its_end(self._change, load, work.asked)
             loaded.busy += 1
         try:
             yield loaded
@@ -180,26 +183,33 @@ class Server:
             log.exception("an answer failed")
             queue.put_nowait(RefusedError(500, f"the answer failed: {type(error).__name__}"))
 
-    async def _scored(
-        self, index: int, ids: list[int], loaded: Loaded, work: Work, queue: asyncio.Queue[Piece | Exception]
-    ) -> None:
-        """Write a prompt and its scores into the queue, or what went wrong."""
-        self._scoring += 1
+    async def _score(self, loaded: Loaded, work: Work, queue: asyncio.Queue[Piece | Exception]) -> None:
+        """Write prompts and their scores into the queue, or what went wrong. One after the other: requests take turns, and
+        answers in the making have as long after each as it took."""
+        left = len(work.prompts)
+        self._scoring += left
+        count, ahead = work.likeliest or 0, work.how.max_tokens > 0
         try:
-            async with self._changing:
-                if loaded.gone:
-                    raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
-                count, ahead = work.likeliest or 0, work.how.max_tokens > 0
-                found = await asyncio.to_thread(self.generator.score, ids, loaded.slot, count, ahead=ahead)
-            work.usage.completion += ahead
-            queue.put_nowait(Piece(index, *await asyncio.to_thread(document, self._tokenizer, found), finish="length"))
+            for index, ids in enumerate(work.prompts):
+                async with self._turn:
+                    began = time.monotonic()
+                    async with self._changing:
+                        if loaded.gone:
+                            raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
+                        found = await _to_its_end(self.generator.score, ids, loaded.slot, count, ahead)
+                    if self.generator.busy():
+                        await asyncio.sleep(time.monotonic() - began)
+                work.usage.completion += ahead
+                self._scoring, left = self._scoring - 1, left - 1
+                text, logprobs = await asyncio.to_thread(document, self._tokenizer, found)
+                queue.put_nowait(Piece(index, text, logprobs, finish="length"))
         except RefusedError as error:
             queue.put_nowait(error)
         except Exception as error:
             log.exception("a prompt could not be scored")
             queue.put_nowait(RefusedError(500, f"the prompt could not be scored: {type(error).__name__}"))
         finally:
-            self._scoring -= 1
+            self._scoring -= left
 
     def _ids(self, prompt: str | list[int] | ChatRequest) -> list[int]:
         self._check_length(prompt)
@@ -253,3 +263,14 @@ class Server:
         most = room if wanted is None else wanted
         given = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
         return Sampling(most, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+async def _to_its_end(what: Callable[..., T], *arguments: Any) -> T:
+    """Return what a function gives in a thread, which has the model to itself until it ends: also where who waits has left."""
+    work = asyncio.ensure_future(asyncio.to_thread(what, *arguments))
+    try:
+        return await asyncio.shield(work)
+    finally:
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((work,))

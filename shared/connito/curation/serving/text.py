@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# No character has so many tokens: more that make none are none of a character's.
+OF_A_CHARACTER = 16
+
 
 class Writer:
     """Turns tokens into text. `stops` end the answer and are not part of it."""
@@ -41,7 +44,8 @@ class Writer:
 
     def _new(self) -> str:
         before, now = self._decode(self._start, self._read), self._decode(self._start)
-        if len(now) <= len(before) or now.endswith("\ufffd"):
+        waits = len(now) <= len(before) or now.endswith("\ufffd")
+        if waits and len(self._ids) - self._read < OF_A_CHARACTER:
             return ""
         self._start, self._read = self._read, len(self._ids)
         return now[len(before) :]
