@@ -36,7 +36,7 @@ class Keyring:
         if secret not in self._known:
             if self._me is None:
                 raise NoKey("it is private, and there is no key here to open it", reason=reasons.REASON_NOT_PERMITTED)
-            value, owner = unsealed_bytes(read(secret), self._me, self._boxes().get(secret, ""))
+            value, owner = unsealed_bytes(read(secret), self._me, secret, self._boxes())
             if len(value) != SECRET_BYTES:
                 raise Invalid(f"the secret {secret[:12]}… has {len(value)} bytes, not {SECRET_BYTES}")
             self.keep(secret, value, owner)

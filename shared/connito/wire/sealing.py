@@ -108,25 +108,33 @@ def unsealed(
     with replacing(target) as draft, path.open("rb") as file:
         draft.touch(0o600)
         with draft.open("wb") as out:
-            _unseal(file, out, me, owner, lent.get(ref.digest, ""))
+            _unseal(file, out, me, owner, ref.digest, lent)
     return target
 
 
-def unsealed_bytes(data: bytes, me: Identity, lent: str = "") -> tuple[bytes, str]:
+def unsealed_bytes(data: bytes, me: Identity, digest: str, lent: Mapping[str, str]) -> tuple[bytes, str]:
     """Return the content of a short sealed file, and who sealed it. Raises as `unsealed`."""
     out = io.BytesIO()
-    owner = _unseal(io.BytesIO(data), out, me, None, lent)
+    owner = _unseal(io.BytesIO(data), out, me, None, digest, lent)
     return out.getvalue(), owner
 
 
-def _unseal(file: BinaryIO, out: BinaryIO, me: Identity, owner: str | None, lent: str) -> str:
+def _unseal(
+    file: BinaryIO, out: BinaryIO, me: Identity, owner: str | None, digest: str, lent: Mapping[str, str]
+) -> str:
     """Write the content; return the owner, who has to be `owner` where one is given."""
     header = _read_header(file)
     fields = _parse(header)
     if owner is not None and fields["owner"] != owner:
         raise Invalid("it was sealed by another than this run's customer", reason=reasons.REASON_NOT_PERMITTED)
     boxes = fields["boxes"]
-    key = _content_key({**({me.public: lent} if lent else {}), **boxes}, me)
+    if me.public not in boxes and digest in lent and (reader := lent.get("reader", me.public)) != me.public:
+        raise NoKey(
+            f"it was lent to the key {short_key(reader)}, and this one is {short_key(me.public)}: who may read it lends it to "
+            "this one, in a file of its own: `connito access lend`",
+            reason=reasons.REASON_NOT_PERMITTED,
+        )
+    key = _content_key({**({me.public: lent[digest]} if digest in lent else {}), **boxes}, me)
     try:
         fair = all(_box(key, reader).hex() == box for reader, box in boxes.items())
     except (CryptoError, ValueError) as error:

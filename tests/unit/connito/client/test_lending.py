@@ -17,7 +17,7 @@ from connito.v1.artifacts_pb2 import REALM_PRIVATE, ArtifactRef
 from connito.v1.run_pb2 import ExpertDeposited
 from connito.wire import private
 from connito.wire.facts import RunFacts
-from connito.wire.identity import Identity
+from connito.wire.identity import Identity, short_key
 from connito.wire.sealing import NoKey, seal_file
 from connito.wire.subjects import LIBRARY
 from typer.testing import CliRunner
@@ -108,6 +108,11 @@ def test_one_file_takes_all_that_a_key_is_lent(platform: Any, tmp_path: Path) ->
     for secret in secrets:
         ref = ArtifactRef(digest="e" * 64, realm=REALM_PRIVATE, secret=secret)
         assert Keyring(LATE, out).key(ref, platform.store.sealed.__getitem__)
+    with pytest.raises(NoKey, match=f"was lent to the key {short_key(LATE.public)}"):
+        Keyring(ELSEWHERE, out).key(ref, platform.store.sealed.__getitem__)
+    # What it opens itself it opens, whatever file lies beside.
+    own = ArtifactRef(digest="e" * 64, realm=REALM_PRIVATE, secret=secrets[0])
+    assert Keyring(OPERATOR, out).key(own, platform.store.sealed.__getitem__)
     before = out.read_bytes()
     done = CliRunner().invoke(app, ["access", "lend", LIBRARY, ELSEWHERE.public, str(out)])
     assert done.exit_code != 0, "another key's boxes would take the place of these"
