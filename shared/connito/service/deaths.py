@@ -23,6 +23,8 @@ log = get_logger("engine")
 BY_ITSELF, UNEXPLAINED = 2, 5
 # Seconds for which it is left alone after unexplained ones, doubled with each further one.
 FIRST_REST, LAST_REST = 30.0, 600.0
+# Bytes that the notes have from the start, one block of a disk: a full one, or a power cut, leaves all of them or those before.
+ROOM = 4096
 _STATISTICS = Path("/proc/vmstat")
 
 
@@ -76,7 +78,7 @@ class Deaths:
         # Kept open: the interpreter writes there when nothing else works any more.
         self._crash = os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         faulthandler.enable(self._crash, all_threads=False)
-        self._length = path.stat().st_size if path.exists() else 0
+        self._length = max(ROOM, path.stat().st_size if path.exists() else 0)
         self._notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._write()
 

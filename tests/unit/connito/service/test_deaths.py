@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 from connito.bus import Bus
 from connito.runtime.waiting import WAITING
-from connito.service.deaths import BY_ITSELF, FIRST_REST, LAST_REST, UNEXPLAINED, Death, Deaths
+from connito.service.deaths import BY_ITSELF, FIRST_REST, LAST_REST, ROOM, UNEXPLAINED, Death, Deaths
 from connito.service.engine import Action, Decision, Engine
 from connito.wire.facts import RunFacts
 from connito.wire.kept import Kept
@@ -184,3 +184,17 @@ async def test_an_action_in_which_processes_end_for_no_known_reason_is_left_alon
     running.cancel()
     assert not bus.written
     assert not WAITING.entries()
+
+
+def test_notes_need_no_further_room_while_actions_come_and_go(tmp_path: Path, statistics: Path) -> None:
+    """What no longer fits on a full disk would be torn, and so nothing to whoever reads it."""
+    deaths = Deaths(path := tmp_path / "log.doing", statistics)
+    sizes = {path.stat().st_size}
+    for number in range(40):
+        deaths.begin(f"r/{number}/train")
+        sizes.add(path.stat().st_size)
+        assert f"r/{number}/train" in json.loads(path.read_text())["under_way"]
+    for number in range(40):
+        deaths.end(f"r/{number}/train")
+    assert sizes == {path.stat().st_size} == {ROOM}
+    deaths.forget()
