@@ -55,3 +55,9 @@ def test_the_index_names_every_page() -> None:
     folders = ("tutorial", "how-to", "contributing", "reference", "explanation", "adr")
     pages = {page.resolve() for folder in folders for page in (ROOT / "docs" / folder).glob("*.md")}
     assert sorted(str(page.relative_to(ROOT)) for page in pages - named) == []
+
+
+def test_the_index_calls_each_decision_by_its_title() -> None:
+    titles = {page.name: page.read_text().partition("\n")[0] for page in (ROOT / "docs/adr").glob("*.md")}
+    called = re.findall(r"^- \[(.+)\]\(adr/([\w.-]+)\)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
+    assert {name: f"# {title}" for title, name in called} == titles
