@@ -15,12 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from connito.base.recipes import build_cached
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
 from connito.platform.session import Session
+from connito.runtime.progress import silent
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -271,7 +273,8 @@ async def test_a_validator_that_is_admitted_late_reads_the_hold_outs_that_are_le
     assert file.stat().st_mode & 0o777 == 0o600
     lent = parse_boxes(file.read_bytes(), str(file))
     refs = [ref for ref in holdout_refs(spec).values() if ref.media_type == MEDIA_TYPE]
-    assert set(lent) == {spec.secret.digest, *(ref.digest for ref in refs)}
+    assert lent["reader"] == late.public
+    assert set(lent) - {"reader"} == {spec.secret.digest, *(ref.digest for ref in refs)}
     for ref in refs:
         sealed = tmp_path / ref.digest
         shutil.copyfile(await session.store().fetch(ref), sealed)
@@ -298,6 +301,25 @@ def test_the_next_job_starts_from_the_shelf_and_the_audit_chooses_again(
     if report["expert"] is not None:
         record = platform.json("library", "show", experts[submitted["run"]])["record"]
         assert record["started_from"]["expert_id"] == parent
+    audited = platform.json("audit", submitted["run"])
+    assert audited["differences"] == []
+
+
+def test_a_composition_in_the_library_starts_a_job_whose_miners_take_muons_steps(
+    platform: Platform, desk: Path, run: str, tmp_path: Path
+) -> None:
+    experts = [expert["expert_id"] for expert in platform.json("library", "list")["experts"]][:2]
+    base, made = build_cached("tiny", silent) / "model", tmp_path / "made"
+    composed = platform.json("library", "compose", *experts, "--base", str(base), "--out", str(made))["expert_id"]
+    platform.json("library", "deposit", str(made))
+    policies = {**POLICIES, "training": {**POLICIES["training"], "optimizer": "muon"}}
+    third = job(desk, "third.yaml", objective={"max_cycles": 1}, start_from=composed, policies=policies)
+    submitted = platform.json("job", "submit", str(third))
+    watched = platform.connito("job", "watch", submitted["run"], "--json")
+    assert json.loads(watched.stdout)["phase"] in ("completed", "no-improvement"), watched.stderr
+    report = platform.json("job", "report", submitted["run"])
+    assert report["start"]["expert_id"] == composed
+    assert report["measured"]["rows"][0]["start"] < report["measured"]["rows"][0]["before"]
     audited = platform.json("audit", submitted["run"])
     assert audited["differences"] == []
 
