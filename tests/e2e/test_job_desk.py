@@ -312,7 +312,7 @@ def test_a_composition_in_the_library_starts_a_job_whose_miners_take_muons_steps
     base, made = build_cached("tiny", silent) / "model", tmp_path / "made"
     composed = platform.json("library", "compose", *experts, "--base", str(base), "--out", str(made))["expert_id"]
     platform.json("library", "deposit", str(made))
-    policies = {**POLICIES, "training": {**POLICIES["training"], "optimizer": "muon"}}
+    policies = {**POLICIES, "training": {"local_steps": 24, "optimizer": "muon"}}
     third = job(desk, "third.yaml", objective={"max_cycles": 1}, start_from=composed, policies=policies)
     submitted = platform.json("job", "submit", str(third))
     watched = platform.connito("job", "watch", submitted["run"], "--json")

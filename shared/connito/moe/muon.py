@@ -2,10 +2,14 @@
 
 A step moves every direction of a matrix alike, where AdamW's follows the few that gradients of one text share. Its size is that
 of AdamW's at the same learning rate, RMS 0.2 (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2). As the inner
-optimiser of DiLoCo it is MuLoCo (Thérien et al., 2025). An expert's matrices are taken as its bank holds them, gate and up
-projection as one; vectors take AdamW's step. An expert that no token of a batch went to stays where it is. Every cycle begins
-without momentum: what points where the miner was going before the merge is the outer step's. Beside a trained value lie one
-byte or four for it, half of what AdamW keeps.
+optimiser of DiLoCo it is MuLoCo (Thérien et al., 2025).
+
+Of a bank's experts the one with the longest gradient takes that step, and the others a share of it as their gradients are
+shorter; without tokens an expert stays where it is. Otherwise a step would be as long for an expert that a few tokens went to
+as for one that most did, and where miners' texts differ much of a submission would be noise. An expert's matrices are
+taken as its bank holds them, gate and up projection as one; vectors take AdamW's step. Every cycle begins without momentum:
+what points where the miner was going before the merge is the outer step's. Beside a trained value lie one byte or four for it,
+half of what AdamW keeps.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ class Muon(AdamW):
             self._first[name] = Moment.zeros(parameter, compact=self._compact, signed=True)
         assert parameter.grad is not None
         gradient, size = parameter.grad.reshape(-1), parameter[0].numel()
+        norms = torch.linalg.vector_norm(parameter.grad, dim=(1, 2), dtype=torch.float32)
+        shares = norms / norms.max().clamp_min(torch.finfo(torch.float32).tiny)
         # One expert at a time, or all where their numbers would share a scale.
         size = size if size % BLOCK == 0 else parameter.numel()
         for begin in range(0, parameter.numel(), size):
@@ -38,8 +44,8 @@ class Muon(AdamW):
             part = part if factor is None else part * factor
             momentum = self._first[name].read(begin, begin + size).lerp_(part, 1 - MOMENTUM)
             step = orthogonal(part.lerp(momentum, MOMENTUM).view(-1, *parameter.shape[1:]))
-            # What momentum is left of one that no token went to would move it as far as ever.
-            step *= part.view(len(step), -1).any(dim=1)[:, None, None]
+            expert = begin // parameter[0].numel()
+            step *= shares[expert : expert + len(step), None, None]
             if self._compact:
                 self._first[name].write(begin, momentum)
             values = self._value(name, begin, begin + size).mul_(1 - rate * self._decay)

@@ -27,17 +27,23 @@ def start(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (3, 5, 7)])
 @pytest.mark.parametrize(("dtype", "compact"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_an_experts_step_is_torchs_own(shape: tuple[int, ...], dtype: torch.dtype, compact: bool) -> None:
+def test_an_experts_step_is_its_share_of_torchs_own(shape: tuple[int, ...], dtype: torch.dtype, compact: bool) -> None:
     bank = torch.nn.Parameter(start(shape, dtype))
     ours = Muon({"bank": bank}, betas=BETAS, weight_decay=DECAY, compact=compact)
     matrices = [torch.nn.Parameter(matrix.float()) for matrix in start(shape, dtype)]
     theirs = torch.optim.Muon(
-        matrices, lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        [{"params": [matrix]} for matrix in matrices], momentum=MOMENTUM, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )
+    # The expert whose gradient is longest takes the whole step, others less of it.
+    sizes = torch.tensor([0.25, 1.0, 0.6][: shape[0]])
     for gradient in gradients(shape, dtype):
-        bank.grad = gradient.clone()
-        for matrix, own in zip(matrices, gradient, strict=True):
+        bank.grad = gradient * sizes[:, None, None].to(dtype)
+        norms = bank.grad.float().flatten(1).norm(dim=1)
+        for matrix, own, share, group in zip(
+            matrices, bank.grad, (norms / norms.max()).tolist(), theirs.param_groups, strict=True
+        ):
             matrix.grad = own.float()
+            group |= {"lr": RATE * share, "weight_decay": DECAY / share}
         ours.step(RATE)
         theirs.step()  # type: ignore[no-untyped-call]
         assert bank.grad is None
