@@ -69,6 +69,7 @@ class Decision:
 class _State:
     """The state of one action key."""
 
+    run: str = ""
     not_before_ms: int = 0
     failures: int = 0
     waits_for: str = ""
@@ -192,11 +193,10 @@ class Engine(Listener):
             return
         if fact is None:
             return
-        if trace := logs.extract(record.headers):
-            # What is numbered in the run's own section, such as receipts, is not a cycle's.
-            cycle = 0 if fact.key.section == "run" else fact.key.cycle
-            if cycle >= self._traces.get(fact.run, (0, ""))[0]:
-                self._traces[fact.run] = cycle, trace
+        # What is numbered in the run's own section, such as receipts, is not a cycle's.
+        cycle = 0 if fact.key.section == "run" else fact.key.cycle
+        if (trace := logs.extract(record.headers)) and cycle >= self._traces.get(fact.run, (0, ""))[0]:
+            self._traces[fact.run] = cycle, trace
         try:
             if self._on_fact is not None:
                 self._on_fact(fact)
@@ -287,14 +287,17 @@ class Engine(Listener):
             self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
 
     def _end_waits(self, run: str, wanted: set[str]) -> None:
-        """Let nobody read any more of what was given up and is not asked for any more."""
+        """Let nobody read any more of what was given up and is not asked for any more, nor keep how often that failed."""
+        for key, state in self._actions.items():
+            if state.run == run and key not in wanted and state.task is None:
+                state.failures = 0
         for wait in WAITING.entries():
             if wait.given_up and wait.run == run and wait.what in self._actions and wait.what not in wanted:
                 WAITING.end(wait.what)
 
     def _begin_state(self, action: Action) -> _State:
         """Return the state of an action that is new to this process, whatever ones before it died of."""
-        state, death = _State(), self._deaths.of(action.key)
+        state, death = _State(action.run), self._deaths.of(action.key)
         if death is None:
             return state
         if death.set_aside:
@@ -308,9 +311,8 @@ class Engine(Listener):
 
     def _must_wait_for_others(self, key: str) -> bool:
         """Return whether an action may not begin now: what processes ended in is done with nothing beside it."""
-        if self._alone:
-            return True
-        return self._deaths.of(key) is not None and any(state.task is not None for state in self._actions.values())
+        alone = self._deaths.of(key) is not None
+        return bool(self._alone) or (alone and any(state.task is not None for state in self._actions.values()))
 
     def _known_rules(self, run: str) -> bool:
         """Return whether this program may act in a run; of one under newer rules, say so once."""
@@ -329,7 +331,7 @@ class Engine(Listener):
         WAITING.give_up(f"{run}/{action}" if action in (READING, DECIDING) else action, error, run)
         notice = self._pauses.notice(self.facts(run), action, error)
         if notice is not None:
-            self._start(Action(f"{run}/paused", run, notice), self._actions.setdefault(f"{run}/paused", _State()))
+            self._start(Action(f"{run}/paused", run, notice), self._actions.setdefault(f"{run}/paused", _State(run)))
 
     async def _do(self, action: Action) -> None:
         if isinstance(action.payload, RunPaused):
@@ -389,11 +391,10 @@ class Engine(Listener):
         state.waits_for = ""
         if isinstance(error, Invalid):
             log.error("action is not possible", action=action.key, reason=reason_name(error.reason), error=str(error))
-            self._leave(action.run, action.key, error)
-            return "invalid", GIVEN_UP_SECONDS
-        wait = self._pauses.failed(action.run, action.key, error)
+        impossible = isinstance(error, Invalid)
+        wait = None if impossible else self._pauses.failed(action.run, action.key, error)
         if wait is None:
             self._leave(action.run, action.key, error)
-            return "failed", GIVEN_UP_SECONDS
+            return "invalid" if impossible else "failed", GIVEN_UP_SECONDS
         WAITING.begin(action.key, Retry(worded(error), dependency=REPAIR), action.run, wait)
         return "failed", wait

@@ -141,19 +141,21 @@ async def test_what_is_done_is_forgotten_and_what_is_not_stays(monkeypatch: pyte
     async def perform(action: Action) -> None:
         if action.key == "r/away":
             raise Retry("the store is away", after=60.0, dependency="store")
+        if action.key.startswith("r/late"):
+            raise Retry("it is over before this can be done", after=0.0, dependency="store")
         done.append(action.key)
         if len(done) == 500:
             over.set()
 
     def decide(facts: RunFacts, _now_ms: int) -> Decision:
-        cycle = [] if over.is_set() else [Action(f"r/merge/{len(done)}", "r")]
+        cycle = [] if over.is_set() else [Action(f"r/{what}/{len(done)}", "r") for what in ("merge", "late")]
         return Decision([Action("r/away", "r"), *cycle])
 
     engine = Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform)
     running = asyncio.create_task(engine.run())
     async with asyncio.timeout(PATIENCE):
         await over.wait()
-    assert len(engine._actions) <= FEW + 1
+    assert len(engine._actions) <= FEW + 2
     assert engine._actions["r/away"].failures == 1
     await end_tasks([running])
 
