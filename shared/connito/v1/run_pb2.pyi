@@ -228,7 +228,7 @@ class TrainPolicy(_message.Message):
     batch_sequences: _builtins.int
     """Sequences of a local step. A job that leaves it out takes about 4,096 tokens, as far as there is text."""
     learning_rate: _builtins.float
-    """Of a local step, AdamW's or Muon's: their steps have the same size."""
+    """Of a local step. Muon's longest in a bank is as long as AdamW's, and shorter for experts with shorter gradients."""
     weight_decay: _builtins.float
     """Of a local step, whichever optimizer takes it."""
     routing_mode: _builtins.str
