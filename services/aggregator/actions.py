@@ -139,7 +139,7 @@ class Aggregator:
 
             def work(stop: threading.Event) -> BenchmarksMeasured:
                 def between() -> None:
-                    give_way()
+                    give_way(stop.is_set)
                     if stop.is_set() or self._bus.host.monotonic() > until:
                         raise Invalid(f"it was not scored within {MEASURING_SECONDS / 3600:g} hours of the run's end")
 

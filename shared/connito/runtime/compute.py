@@ -57,13 +57,14 @@ class ComputeBudget:
             folder.mkdir(parents=True, exist_ok=True)
 
     @asynccontextmanager
-    async def slot(self, purpose: str) -> AsyncIterator[Callable[[], None]]:
+    async def slot(self, purpose: str) -> AsyncIterator[Callable[[Callable[[], bool]], None]]:
         """Hold a slot. The wait is measured under `purpose`; the event loop stays free meanwhile.
 
-        Long work calls what it is given now and then, in its own thread: it lets those who wait go first.
+        Long work calls what it is given now and then, in its own thread: it lets those who wait go first, and waits for its
+        turn unless it is told to stop.
         """
         if self._folder is None:
-            yield lambda: None
+            yield lambda _: None
             return
         began, what = time.monotonic(), f"compute {purpose} {next(_NUMBERS)}"
         telling = asyncio.get_running_loop().call_later(TELL_AFTER, self._tell, what)
@@ -85,17 +86,19 @@ class ComputeBudget:
             if time.monotonic() - began > LONG_SECONDS:
                 await asyncio.to_thread(give_back_memory)
 
-    def _give_way(self, held: list[int]) -> None:
-        """Release the cores and line up again, if somebody waits for any. Blocking."""
+    def _give_way(self, held: list[int], stopped: Callable[[], bool]) -> None:
+        """Release the cores, if somebody waits for any, and line up again until `stopped`. Blocking."""
         if (queue := self._try("queue")) is not None:
             _release([queue])
             return
         while held:
             _release([held.pop()])
         while (queue := self._try("queue")) is None:
+            if stopped():
+                return
             time.sleep(_IN_LINE)
         try:
-            while True:
+            while not stopped():
                 for name in self._names():
                     if len(held) < self._cores_per_slot and (core := self._try(name)) is not None:
                         held.append(core)

@@ -62,12 +62,12 @@ async def test_long_work_lets_others_go_first(tmp_path: Path) -> None:
             order.append("other")
 
     async with asyncio.timeout(PATIENCE), ComputeBudget(tmp_path, 1).slot("long") as give_way:
-        await asyncio.to_thread(give_way)
+        await asyncio.to_thread(give_way, bool)
         order.append("long")
         waiting = asyncio.ensure_future(other())
         await asyncio.wait([waiting], timeout=0.2)
         assert order == ["long"]
-        await asyncio.to_thread(give_way)
+        await asyncio.to_thread(give_way, bool)
         order.append("long")
         again = asyncio.ensure_future(other())
         await asyncio.wait([again], timeout=0.2)
@@ -104,6 +104,24 @@ async def test_who_waits_a_moment_is_told_within_a_part_of_it(
     await _take(ComputeBudget(tmp_path, 1))
     await holding
     assert seconds <= now <= seconds + late
+
+
+async def test_who_gave_way_and_is_told_to_stop_waits_no_longer(tmp_path: Path) -> None:
+    """A service that ends is not held up by what another one computes."""
+    stop, ended = threading.Event(), asyncio.Event()
+
+    async def other() -> None:
+        async with ComputeBudget(tmp_path, 1).slot("other"):
+            stop.set()
+            await ended.wait()
+
+    async with asyncio.timeout(PATIENCE), ComputeBudget(tmp_path, 1).slot("long") as give_way:
+        waiting = asyncio.ensure_future(other())
+        await asyncio.wait([waiting], timeout=0.2)
+        await asyncio.to_thread(give_way, stop.is_set)
+        assert not waiting.done()
+        ended.set()
+        await waiting
 
 
 async def test_no_folder_no_limit() -> None:
