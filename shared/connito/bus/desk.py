@@ -129,7 +129,7 @@ class Desk:
 
     def _refuse(self, key: str, why: str) -> None:
         report("questions", key=key, reason=reasons.REASON_QUOTA_EXCEEDED, detail=why)
-        self._loud.note(key, time.monotonic())
+        self._loud.note(key, self._rate.clock())
 
 
 def checked(stream: str, data: bytes) -> Question:

@@ -21,6 +21,7 @@ from connito.bus.connection import Connection
 from connito.bus.offences import report
 from connito.bus.permissions import CONNECTED, CONNECTIONS_OF, KICK, SERVERS, SYSTEM
 from connito.errors import Invalid, Retry
+from connito.runtime.limits import MAX_KEYS
 from connito.runtime.logs import get_logger
 from connito.v1 import reasons_pb2 as reasons
 from connito.wire.identity import Identity
@@ -34,25 +35,27 @@ SHARE = 16
 PAGE = 256
 ANSWERS_SECONDS = 1.0
 AGAIN_SECONDS = 1.0
-TOO_MUCH = 400
+# So many too much, beyond so many a second: a committer that is kept from its work counts fewer, and tells all the same.
+TOO_MUCH, TOLERATED = 400, 100.0
 OUT_SECONDS = 60.0
 LIE = "a connection that says to be another key than its pass is for; it is closed"
 LOUD = f"asks without end; what it opens is closed for {OUT_SECONDS:.0f} seconds"
 
 
 class Loud:
-    """Tells, once a second at most, of a key that does so much within it that it means it. Times are seconds of any one clock."""
+    """Tells of a key that does so much that it means it, and again after as much. Times are seconds of any one clock."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell, self._began, self._counts = tell, 0.0, Counter[str]()
+        self._tell, self._counts = tell, dict[str, tuple[float, float]]()
 
     def note(self, key: str, now: float) -> None:
         """Count one."""
-        if not 0 <= now - self._began < 1.0:
-            self._began = now
-            self._counts.clear()
-        self._counts[key] += 1
-        if self._counts[key] == TOO_MUCH:
+        count, then = self._counts.pop(key, (0.0, now))
+        count = max(0.0, count - (now - then) * TOLERATED) + 1.0
+        if len(self._counts) >= MAX_KEYS:
+            self._counts.pop(next(iter(self._counts)))
+        self._counts[key] = (count if count < TOO_MUCH else 0.0, now)
+        if count >= TOO_MUCH:
             self._tell(key)
 
 

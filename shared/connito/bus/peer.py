@@ -12,9 +12,10 @@ from typing import Any
 from nats.aio import client
 from nats.protocol import parser
 
-# The broker parts words by spaces alone. The library takes other white space for it too, which a subject may hold.
-parser.MSG_RE = re.compile(rb"\AMSG ([^ \r\n]+) (\d+) (([^ \r\n]+) )?(\d+)\r\n")
-parser.HMSG_RE = re.compile(rb"\AHMSG ([^ \r\n]+) (\d+) (([^ \r\n]+) )?(\d+) (\d+)\r\n")
+# The broker parts words by spaces alone, two where a reply is empty. The library takes other white space for it too, which a
+# subject may hold.
+parser.MSG_RE = re.compile(rb"\AMSG +([^ \r\n]+) +(\d+) +(([^ \r\n]+) +)?(\d+)\r\n")
+parser.HMSG_RE = re.compile(rb"\AHMSG +([^ \r\n]+) +(\d+) +(([^ \r\n]+) +)?(\d+) +(\d+)\r\n")
 
 
 class Client(client.Client):  # type: ignore[misc]
