@@ -17,7 +17,8 @@ def decentralised(document: Mapping[str, Any]) -> str:
 *kept* is the fall of the loss over that of one AdamW run with as many steps, each on the batches of all miners together, and
 over that of one with as many tokens in batches of one miner's size; of each the better of a rate that stays and one that
 falls. *Of a rate that stays* is over the first at the miners' rate, held constant, *of Muon's* over a run of Muon
-with as many steps; a dash was not measured. *Default, Muon* is the default with `training.optimizer: muon`. Reported are
+with as many steps; a dash was not measured. *Default, Muon* is the default with `training.optimizer: muon`; how long its
+steps are for each expert was chosen on pilot seeds after these had been measured once ([notes](lab-notes.md)). Reported are
 the seeds {_list(settings["seeds_reported"])} by the gate of now, and {_list(settings["seeds_by_the_strict_gate"])} by the one
 before it, all named before their first run; rates and rules were chosen on {_list(settings["seeds_tuned_on"])}.
 *Default* is a run whose policy says nothing: its merge (`{policy["aggregator"]}`, weighted by `{policy["weighting"]}`) behind its

@@ -29,9 +29,6 @@ __version__ = "0.1.0"
 
 # A server is started by fork and exec. What gRPC would do in between, in a child without its threads, may abort the child.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-# A merge, and whoever repeats it, reads and multiplies files side by side. Were each product spread over all cores once more, its
-# threads would wait for each other for most of their time. The library looks at this when numpy is loaded.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _WHERE = {
     "Client": "connito.client",

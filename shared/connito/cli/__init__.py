@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+# As for services; whoever imports the library from Python has numpy as they like it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def main() -> None:
     """Run the `connito` program. Exit codes: 0 done, 2 usage, 3 invalid input, 4 not found, 5 unavailable,
     6 verification failed (in an audit: the operator is to blame; 7 validators, 8 miners), 1 anything else."""
-    import os
     import sys
 
     from connito.cli.app import app
@@ -25,7 +29,6 @@ def main() -> None:
 def _with_utf8() -> None:
     """Start again with files and their names in UTF-8 where the locale says otherwise; what is printed stays in its encoding."""
     import locale
-    import os
     import sys
 
     if locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") == "utf8":

@@ -35,13 +35,16 @@ def test_no_model_library_is_imported_and_memory_is_small(name: str, forbidden: 
     assert found["mb"] < 120
 
 
-@pytest.mark.parametrize("module", ["services.aggregator.actions", "connito.cli", "connito.audit.audit"])
-def test_products_are_not_spread_over_cores_beside_threads_of_our_own(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "ours"), [("services.aggregator.actions", True), ("connito.cli", True), ("connito", False)]
+)
+def test_our_programs_spread_no_product_over_cores_beside_threads_of_their_own(module: str, ours: bool) -> None:
     """A merge of forty files took two and a half times the CPU seconds where they were (`bench.merge_pass`)."""
     code = (
         f"import {module}, numpy, os;"
-        "numpy.ones((900, 900)) @ numpy.ones((900, 900)); print(len(os.listdir('/proc/self/task')))"
+        "numpy.ones((900, 900)) @ numpy.ones((900, 900)); print(len(os.listdir('/proc/self/task')), len(os.sched_getaffinity(0)))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1", done.stderr
+    threads, cores = map(int, done.stdout.split())
+    assert (threads > 1) == (not ours and cores > 1), done.stderr
