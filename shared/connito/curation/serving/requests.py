@@ -95,7 +95,7 @@ class CompletionRequest(_Request):
 
     def scores(self) -> bool:
         """Return whether the prompt is to be scored. Raises `RefusedError` for what is neither that nor an answer."""
-        if not self.echo and not self.logprobs:
+        if not self.echo and self.logprobs is None:
             if self.max_tokens == 0:
                 raise RefusedError(400, "max_tokens: an answer has at least one token", param="max_tokens")
             return False

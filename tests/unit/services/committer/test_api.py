@@ -24,7 +24,7 @@ from connito.wire.subjects import LIBRARY
 from services.committer.api import SubmissionApi
 from tests.support.run import Run
 
-ME, THIEF = (Identity.generate(bytes([n]) * 32) for n in (1, 2))
+ME, THIEF, COLLEAGUE = (Identity.generate(bytes([n]) * 32) for n in (1, 2, 3))
 OPEN = ArtifactRef(digest="0" * 64, size=1, realm=REALM_PUBLIC)
 MINE, *SHUT = (ArtifactRef(digest=d * 64, size=1, realm=REALM_PRIVATE, secret=d * 64) for d in "1234")
 OTHERS, *_ = SHUT
@@ -132,3 +132,40 @@ async def test_a_run_that_names_anothers_composition_opens_nothing_of_it() -> No
 async def test_what_the_run_gives_nobody_is_refused_by_name() -> None:
     with pytest.raises(NotFound, match="9999"):
         await ask(OPEN, ArtifactRef(digest="9" * 64))
+
+
+async def test_a_composition_opens_for_whom_its_owner_lets_see_it_and_for_no_other_that_names_it() -> None:
+    composed = ArtifactRef(digest="e" * 64, size=5, realm=REALM_PRIVATE, secret="6" * 64)
+    keys = {"customer": frozenset({ME.public, COLLEAGUE.public, THIEF.public})}
+    organisations = {"lab": frozenset({ME.public, COLLEAGUE.public})}
+    deposits, naming = Run(name=LIBRARY), Naming()
+    for expert, owner, visibility in (("mine", ME, "organisation"), ("taken", THIEF, "private")):
+        said = run_pb2.ExpertDeposited(
+            run=LIBRARY,
+            expert_id=expert,
+            expert=composed,
+            owner=owner.public,
+            visibility=visibility,
+            organisation="lab",
+        )
+        deposits.put("library", 0, "deposited", said, expert)
+    for fact in deposits.log:
+        naming.add(fact)
+    OWNERS[composed.secret] = ME.public
+
+    async def refresh(*_: object) -> None:
+        """Know nothing newer."""
+
+    state = SimpleNamespace(
+        runs={LIBRARY: deposits.facts}, refresh=refresh, roster=Roster(keys, organisations=organisations), naming=naming
+    )
+
+    async def get(key: Identity) -> dict[str, bytes]:
+        api = SubmissionApi(HOST, cast(Any, state), cast(Any, Store()), RateLimit(9, 9, time.monotonic), 60)
+        command = services_pb2.DownloadsCommand(run=LIBRARY, digests=[composed.digest])
+        request = services_pb2.RequestDownloadsRequest(envelope=seal(key, "rpc.RequestDownloads", command))
+        return dict((await api.RequestDownloads(request, None)).keys)
+
+    assert await get(COLLEAGUE) == {composed.digest: b"a box"}
+    with pytest.raises(NotFound):
+        await get(THIEF)

@@ -270,6 +270,7 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (good | {"temperature": -1}, 400, "temperature"),
         ('{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
         (good | {"logprobs": 5}, 400, "echo and logprobs together"),
+        (good | {"logprobs": 0}, 400, "echo and logprobs together"),
         (good | {"echo": True}, 400, "echo and logprobs together"),
         (good | {"echo": True, "logprobs": 1}, 400, "max_tokens 0 or 1"),
         (good | {"echo": True, "logprobs": 6, "max_tokens": 0}, 400, "logprobs"),
