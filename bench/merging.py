@@ -168,6 +168,6 @@ ARMS = {
     # Rates and strengths that kept most on pilot seed 901, both ways of data together, of those in the lab notes.
     "SCAFFOLD": Arm(replace(PLAIN, rate=1.0, momentum=0.0), work="scaffold", rate=0.05),
     "FedAdam": Arm(replace(PLAIN, server="adam", rate=6e-2)),
-    "MuLoCo": Arm(PLAIN, work="muon"),
+    "MuLoCo": Arm(PLAIN, work="muon", rate=4.0),
     "DiLoCo": Arm(PLAIN, moments="kept", beta1=BETAS[0], rate=0.5),
 }
