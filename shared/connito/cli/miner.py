@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.protocol.policy.choices import ADAMW, INNER_OPTIMIZERS, one_of
 from connito.render import formats
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Take part as a miner.")
 KeyFile = Annotated[Path, typer.Option("--key", help="The miner's key file.", envvar="CONNITO_KEY_FILE")]
 Residency = Literal["auto", "all", "four-bit", "helpers"]
-Optimizer = Literal["adamw", "muon"]
 DEFAULT_KEY = Path("miner.nk")
 
 
@@ -146,7 +146,7 @@ def fits(
     bf16_parameters: Annotated[bool, typer.Option(help="Frozen weights in bfloat16.")] = False,
     residency: Annotated[Residency, typer.Option(help="Frozen experts to hold; auto: the best that fits.")] = "auto",
     cuda: Annotated[bool, typer.Option("--cuda", help="For a GPU, wherever this is asked.")] = False,
-    optimizer: Annotated[Optimizer, typer.Option(help="The run's training.optimizer.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help=f"The run's training.optimizer: {one_of(INNER_OPTIMIZERS)}.")] = ADAMW,
     memory_bytes: Annotated[int, typer.Option(min=0, help="Memory to fit into; 0: what is free here.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -159,6 +159,8 @@ def fits(
     from connito.workloads.predicting import predictor
     from connito.workloads.rehearsal import config_of, same_everywhere
 
+    if optimizer not in INNER_OPTIMIZERS:
+        raise Invalid(f"unknown optimizer {optimizer!r}: use {one_of(INNER_OPTIMIZERS)}")
     if (selection is None) == (not experts):
         raise Invalid("give either --selection FILE, or --experts N for so many targets in every layer")
     config = config_of(base)
