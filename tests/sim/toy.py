@@ -122,6 +122,7 @@ class Gate:
 
     def __init__(self, spec: RunSpec, selection: SelectionMade, files: Any, holdouts: Mapping[str, Path]) -> None:
         self._target, self._parts = spec.holdout.domain, dict[tuple[str, str], list[int]]()
+        self.turn = asyncio.Lock()
         for domain, path in holdouts.items():
             parts = subsets(sequences(Corpus.load(path), spec), spec, domain)
             self._parts["gate", domain], self._parts["report", domain] = parts.gate, parts.report
