@@ -91,7 +91,7 @@ class Tries:
             problem = str(error)
         values = {
             "text": text, "most": EXAMPLE_TEXT, "wanted": search, "problem": problem, "savings": savings, "left": left,
-            "asked": request.method == "POST", "found": len(found), "serve": self._trial.url,
+            "found": len(found), "serve": self._trial.url,
         }  # fmt: skip
         return HTMLResponse(self._render("page.html", request, Shown("example.html", "By example", values, live=False)))
 
