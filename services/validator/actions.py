@@ -282,8 +282,12 @@ def shared_name(submission: cycle_pb2.Submission, current: ArtifactRef) -> str:
 def secret_of(identity: Identity) -> Callable[[RunFacts, int], bytes]:
     """Return the beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it.
 
-    Under checked rules it is of this log alone: a run of the same name in another one must not repeat what was revealed.
+    Under checked rules it is of this log alone, up to the head before the cycle. A log that begins with the same message and
+    goes on otherwise must not repeat what was revealed.
     """
-    return lambda facts, cycle: identity.derive(
-        "beacon", facts.run, str(cycle), *([facts.log_id] if checked(facts) else [])
-    )
+
+    def secret(facts: RunFacts, cycle: int) -> bytes:
+        head = facts.head(cycle) if checked(facts) else None
+        return identity.derive("beacon", facts.run, str(cycle), *([] if head is None else [head.message.checkpoint]))
+
+    return secret

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from connito.protocol import rules
 from connito.protocol.beacon import secret_digest
 from connito.service.engine import Action, Decision
-from connito.v1.cycle_pb2 import Finding
+from connito.v1.cycle_pb2 import FINDING_KIND_RULE_HISTORY, Finding
 from connito.wire.facts import RunFacts
 
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
@@ -115,7 +115,8 @@ def _cycle(facts: RunFacts, me: str, secret: Secret, stake: rules.Stake) -> list
         return []
     # Looked at where it decides something: before, everything that miners do would be gone through anew for each of them.
     judging = facts.window("validate", cycle).opened is not None
-    if judging and (broken := rules.fault(facts, cycle, stake)) is not None:
+    broken = (rules.fault(facts, cycle, stake) or _replayed(facts, me, cycle, secret)) if judging else None
+    if broken is not None:
         return [Object(cycle, broken)]
     if facts.window("train", cycle).closed is None and me not in facts.seed_commitments(cycle):
         return [CommitSeed(cycle)]
@@ -126,10 +127,22 @@ def _cycle(facts: RunFacts, me: str, secret: Secret, stake: rules.Stake) -> list
     return []
 
 
+def _is_mine(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
+    committed = facts.seed_commitment(cycle, me)
+    return committed is not None and committed.digest == secret_digest(facts.run, cycle, me, secret(facts, cycle))
+
+
+def _replayed(facts: RunFacts, me: str, cycle: int, secret: Secret) -> Finding | None:
+    """Return that somebody put under this key what it had said in another log: its secret is known from there."""
+    if me not in facts.seed_commitments(cycle) or not rules.checked(facts) or _is_mine(facts, me, cycle, secret):
+        return None
+    text = "the commitment to a secret of the validator who says this was taken from another log"
+    return Finding(kind=FINDING_KIND_RULE_HISTORY, count=cycle, text=text)
+
+
 def _may_reveal(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
     """Return whether no submission can change any more, so that the seed may become known."""
     opened = facts.window("validate", cycle).opened
-    committed = facts.seed_commitment(cycle, me)
     return (
         opened is not None
         and me in opened.expected
@@ -137,8 +150,7 @@ def _may_reveal(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
         and facts.window("submit", cycle).settled is not None
         and me not in facts.seed_reveals(cycle)
         and facts.drawn(cycle) is None
-        and committed is not None
-        and committed.digest == secret_digest(facts.run, cycle, me, secret(facts, cycle))
+        and _is_mine(facts, me, cycle, secret)
     )
 
 

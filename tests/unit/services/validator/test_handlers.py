@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Container
 
 import pytest
+from connito.protocol.findings import CHECKED
 from connito.v1 import cycle_pb2 as c
 from connito.v1.cycle_pb2 import SeedDrawn
 from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.validator import actions
 from services.validator.handlers import CommitSeed, Join, Object, Preload, RevealSeed, Score, Unload, decide
 from tests.support.run import ME, OTHER, RUN, Run, even, secret_of
 
@@ -181,3 +184,27 @@ def test_keys_are_unique_per_run_cycle_and_step() -> None:
     keys = [[action.key for action in decide(s.facts, ME, my_secret, (), even).actions] for s in stories]
     flat = list(itertools.chain(*keys))
     assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)
+
+
+def checked_run(head: str = "first") -> Run:
+    """As an operator may show it twice: the same first message, and another head behind it."""
+    story = Run().created(protocol_version=CHECKED).validators(ME, OTHER).selected()
+    return story.say("run", 1, "head", checkpoint=head).say("run", 1, "cosigned", validator=ME)
+
+
+def test_the_secrets_of_a_log_that_only_began_the_same_are_others() -> None:
+    """An operator that runs a job for itself first would know every seed of the run that it shows afterwards."""
+    secret = actions.secret_of(Identity.generate(b"v" * 32))
+    once, again = checked_run().facts, checked_run("other").facts
+    assert once.log_id == again.log_id
+    assert secret(once, 1) != secret(again, 1)
+    assert secret(once, 1) == secret(checked_run().facts, 1)
+
+
+def test_objects_to_its_own_commitment_from_another_log() -> None:
+    story = checked_run().opened("train").seed_committed(secret=b"x" * 32).seed_committed(OTHER).closed("train")
+    assert steps(story) == []
+    story.settled("submit", submissions=[]).opened("validate")
+    assert objection(story) == c.FINDING_KIND_RULE_HISTORY
+    mine = checked_run().opened("train").seed_committed().seed_committed(OTHER).closed("train")
+    assert steps(mine.settled("submit", submissions=[]).opened("validate")) == [RevealSeed(1)]
