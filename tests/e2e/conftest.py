@@ -51,6 +51,13 @@ class Finished:
 Up = Callable[..., Finished]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share its platform, so one worker runs them all (`--dist loadgroup`); pages of the docs have one each."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name != "test_docs.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("CONNITO_")} | {
         name: value for name, value in os.environ.items() if name == "CONNITO_CACHE_DIR"

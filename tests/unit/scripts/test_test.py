@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 COMMANDS = ("ruff", "mypy", "lint-imports", "buf", "python", "diff")
 PYTEST = """#!/bin/sh
+[ -z "$PYTHONDONTWRITEBYTECODE" ] || { echo "nothing would be kept of what is compiled"; exit 3; }
+touch "$(dirname "$0")/began"
 case "$*" in
   *integration*"not images"*) echo "FAILED tests/integration/test_a.py::test_b - no"; echo "1 failed in 0.50s"; exit 1 ;;
   *chaos*) echo "Segmentation fault"; exit 139 ;;
@@ -28,7 +30,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "pytest").write_text(PYTEST)
     for path in tmp_path.iterdir():
         path.chmod(0o755)
-    return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -56,6 +58,14 @@ def test_succeeds_when_every_part_does(environment: dict[str, str], tmp_path: Pa
     assert done.returncode == 0, done.stdout
     assert "passed  types" in summary
     assert "integration" not in done.stdout
+
+
+def test_types_are_looked_at_beside_the_unit_tests_and_told_whole(environment: dict[str, str], tmp_path: Path) -> None:
+    await_units = f"for _ in $(seq 200); do [ -e {tmp_path}/began ] && exit 0; sleep 0.1; done; exit 1"
+    (tmp_path / "mypy").write_text(f"#!/bin/bash\necho begun\n{await_units}\n")
+    done = run(environment, "check")
+    assert done.returncode == 0, done.stdout
+    assert "3 passed in 0.25s\n\n== types: mypy\nbegun\n\n== architecture: lint-imports\n" in done.stdout
 
 
 def test_a_part_that_there_is_not_runs_nothing(environment: dict[str, str]) -> None:
