@@ -19,7 +19,7 @@ from connito.library.card import render
 from connito.library.deposit_plan import STREAMS, Deposit, lacks_scores, plan
 from connito.library.record import CARD_MEDIA_TYPE, RECORD_MEDIA_TYPE, build_record, encode
 from connito.library.schema import ExpertRecord
-from connito.library.scores import SCORING_SECONDS, benchmark_key
+from connito.library.scores import SCORES_IN, SCORING_SECONDS, benchmark_key, ends_wait
 from connito.library.start import start_ref
 from connito.protocol.findings import check_version
 from connito.runtime import metrics
@@ -110,18 +110,13 @@ class Depositor:
         return await self._read_run(run)
 
     async def _scored(self, run: str, seconds: float) -> None:
-        """Return when the log has scores of a run or that there will be none, and after so long in any case. What is there is
-        read once, and then only what comes.
+        """Return when the log has scores of a run or that there will be none, and after so long in any case. Keeps nothing of
+        what it reads.
         """
-        log = Log(self._roster)
         with suppress(TimeoutError, Retry, Invalid):
-            async with asyncio.timeout(seconds), aclosing(self._bus.follow(STREAMS, run)) as items:
+            async with asyncio.timeout(seconds), aclosing(self._bus.follow(SCORES_IN, run)) as items:
                 async for item in items:
-                    if isinstance(item, CaughtUp):
-                        continue
-                    with suppress(Invalid):
-                        log.apply(item)
-                    if run in log.runs and log.runs[run].ended is not None and not lacks_scores(log.runs[run]):
+                    if not isinstance(item, CaughtUp) and ends_wait(item, self._roster):
                         return
 
     async def tell(self, record: Record, error: Invalid) -> None:

@@ -166,7 +166,7 @@ async def accept_commitment(teller: Teller, miner: str, cycle: int = 1) -> bytes
 
 
 def reveal_of(facts: RunFacts, miner: str, cycle: int = 1) -> cycle_pb2.Reveal:
-    return facts.reveals_sent(cycle)[miner].message
+    return facts.many(cycle_pb2.Reveal, "ingress", cycle, "reveal")[miner].message
 
 
 async def check_submission(store: ArtifactStore, tiny: TinyRun, reveal: cycle_pb2.Reveal) -> None:
@@ -213,7 +213,7 @@ async def test_a_cycle_with_kill_9_after_every_promise(
             await process.end(signal.SIGKILL)
             await teller.open("submit", 1, [me], tiny.state)
             await process.start()
-            await teller.until(lambda facts: me in facts.reveals_sent(1), "the reveal")
+            await teller.until(lambda facts: me in facts.many(cycle_pb2.Reveal, "ingress", 1, "reveal"), "the reveal")
             reveal = reveal_of(teller.facts, me)
             assert commitment.opens(
                 digest, run_id, 1, me, reveal.base_state_digest, reveal.artifact.digest, reveal.salt
@@ -267,9 +267,9 @@ async def test_a_refusal_is_shown_in_plain_words_and_a_free_rider_warns_about_it
         await teller.open("commit", 1, [me], tiny.state)
         await accept_commitment(teller, me)
         await teller.open("submit", 1, [me], tiny.state)
-        await teller.until(lambda facts: me in facts.reveals_sent(1), "the reveal")
+        await teller.until(lambda facts: me in facts.many(cycle_pb2.Reveal, "ingress", 1, "reveal"), "the reveal")
         assert reveal_of(teller.facts, me).artifact.digest == tiny.state.digest
-        fact = teller.facts.reveals_sent(1).get(me)
+        fact = teller.facts.many(cycle_pb2.Reveal, "ingress", 1, "reveal").get(me)
         assert fact is not None
         refused = cycle_pb2.Refused(
             run=run_id,

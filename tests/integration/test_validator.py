@@ -167,11 +167,11 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             await teller.open("validate", 1, [me], theta_1)
             await process.start()
             await teller.until(lambda facts: me in facts.seed_reveals(1), "the seed")
-            secret = teller.facts.seed_reveal(1, me)
+            secret = teller.facts.seed_reveals(1).get(me)
             committed = teller.facts.seed_commitment(1, me)
             assert secret is not None
             assert committed is not None
-            assert secret_digest(run_id, 1, me, secret.secret) == committed.digest
+            assert secret_digest(run_id, 1, me, secret.message.secret) == committed.digest
 
             # What the committer accepted and the store lost is nobody's fault: it is waited for.
             lost = artifacts["honest"][0]

@@ -5,18 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from connito.errors import Invalid
 from connito.library.schema import ExpertRecord, Score
 from connito.v1.run_pb2 import BenchmarkScore, BenchmarksMeasured, RunPaused
-from connito.wire.fact import Fact
+from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
+from connito.wire.roster import Roster
+from connito.wire.subjects import parse_fact
+from connito.wire.verification import verify_fact
 
 # So long after a run's end the aggregator leaves out what it has not scored, and its expert is deposited without scores.
 MEASURING_SECONDS, SCORING_SECONDS = 1.5 * 3600.0, 2 * 3600.0
+# The streams in which it is said that a run is scored, or that nobody will.
+SCORES_IN = ("RUNS", "LIBRARY")
 
 
 def benchmark_key(run: str) -> str:
     """Return the key of the aggregator's action that scores a run, by which others know that it was set aside."""
     return f"{run}/benchmark"
+
+
+def ends_wait(record: Record, roster: Roster) -> bool:
+    """Return whether a record says, by who may, that its run is scored or that nobody will."""
+    try:
+        if parse_fact(record.subject)[1].kind not in ("benchmarked", "paused"):
+            return False
+        fact = verify_fact(record, roster)
+    except Invalid:
+        return False
+    return not isinstance(fact.message, RunPaused) or fact.message.action == benchmark_key(fact.run)
 
 
 def unscored_for(facts: RunFacts) -> str:

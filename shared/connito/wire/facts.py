@@ -216,10 +216,6 @@ class RunFacts(FactSet):
         """Return the miners that said their local steps are done."""
         return self.many(cycle_pb2.TrainingFinished, "ingress", cycle, "trained")
 
-    def reveals_sent(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.Reveal]]:
-        """Return reveals as miners sent them, whether they are accepted or not."""
-        return self.many(cycle_pb2.Reveal, "ingress", cycle, "reveal")
-
     def seed_commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.SeedCommitted]]:
         """Return validators' commitments to their secrets."""
         return self.many(cycle_pb2.SeedCommitted, "train", cycle, "seed")
@@ -231,10 +227,6 @@ class RunFacts(FactSet):
     def seed_commitment(self, cycle: int, validator: str) -> cycle_pb2.SeedCommitted | None:
         """Return a validator's commitment to its secret."""
         return message_of(self.one(cycle_pb2.SeedCommitted, "train", cycle, "seed", validator))
-
-    def seed_reveal(self, cycle: int, validator: str) -> cycle_pb2.SeedRevealed | None:
-        """Return a validator's secret."""
-        return message_of(self.one(cycle_pb2.SeedRevealed, "validate", cycle, "seed", validator))
 
     def commitments(self, cycle: int) -> Mapping[str, Fact[cycle_pb2.CommitmentAccepted]]:
         """Return accepted commitments by miner."""

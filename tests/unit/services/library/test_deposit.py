@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 import pytest
-from connito.bus import Bus
+from connito.bus import Bus, CaughtUp
 from connito.errors import Invalid, Retry
 from connito.library.record import build_record
-from connito.library.scores import SCORING_SECONDS, benchmark_key
+from connito.library.scores import SCORING_SECONDS, benchmark_key, ends_wait
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
@@ -18,8 +19,8 @@ from connito.wire import subjects
 from connito.wire.envelope import seal
 from connito.wire.fact import Record
 from connito.wire.identity import Identity
-from connito.wire.log import Log
 from connito.wire.roster import Roster
+from google.protobuf.message import Message
 
 from services.library.actions import Depositor
 from tests.support.run import Run
@@ -27,6 +28,7 @@ from tests.support.waiting import PATIENCE
 
 LIBRARY = Identity.generate(b"library".ljust(32))
 COORDINATOR = Identity.generate(b"coordinator".ljust(32))
+AGGREGATOR = Identity.generate(b"aggregator".ljust(32))
 
 
 def record(sequence: int, kind: str, message: run_pb2.RunCreated | run_pb2.RunEnded) -> Record:
@@ -40,8 +42,8 @@ class Stored:
     def __init__(self, *records: Record, now: float = 0.0) -> None:
         self.records, self.identity, self.now = records, LIBRARY, now
         self.written: list[tuple[str, str, run_pb2.RunPaused]] = []
-        self.told = asyncio.Event()
-        self.reads = 0
+        self.told, self.news = asyncio.Event(), list[Record]()
+        self.reads, self.most, self.alive = 0, 0, WeakSet[Record]()
 
     async def publish_fact(
         self, run: str, section: str, cycle: int, kind: str, message: run_pb2.RunPaused, id_: str
@@ -54,11 +56,20 @@ class Stored:
         """The broker's clock."""
         return self.now
 
-    async def follow(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
-        """Yield one more record as soon as it is told."""
+    async def follow(self, streams: Sequence[str], _run: str) -> AsyncIterator[Record | CaughtUp]:
+        """Yield what is stored in these streams, and more as soon as it is told."""
         self.reads += 1
+        for each in self.records:
+            if each.stream in streams:
+                yield each
+        yield CaughtUp()
         await self.told.wait()
-        yield cast(Any, "news")
+        while self.news:
+            made = self.news.pop(0)
+            self.alive.add(made)
+            yield made
+            del made
+            self.most = max(self.most, len(self.alive))
         await asyncio.Event().wait()
 
     async def stored(self, _streams: Sequence[str], _run: str) -> AsyncIterator[Record]:
@@ -83,7 +94,8 @@ class Given(Depositor):
     """A depositor whose broker has these facts, and that deposits by keeping the record's part on scores."""
 
     def __init__(self, bus: Stored, run: Run) -> None:
-        super().__init__(cast(Bus, bus), cast(ArtifactStore, None), Roster({}), cast(Any, None))
+        roster = Roster({"aggregator": frozenset({AGGREGATOR.public})})
+        super().__init__(cast(Bus, bus), cast(ArtifactStore, None), roster, cast(Any, None))
         self.run, self.stored, self.made = run, bus, list[Any]()
 
     async def _read_run(self, run: str) -> Any:
@@ -136,25 +148,51 @@ async def test_scores_that_nobody_writes_are_waited_for_until_they_are_late(monk
     assert run.facts.paused == [], "whoever waits for the expert must not take this for the end of it"
 
 
-async def test_scores_that_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def said(sequence: int, by: Identity, section: str, kind: str, message: Message, id_: str = "") -> Record:
+    subject = subjects.fact("r", section, 0, kind, id_)
+    stream = "LIBRARY" if section == "library" else "RUNS"
+    return Record(stream, sequence, subject, seal(by, subject, message).SerializeToString(), 0)
+
+
+def paused(number: int, by: Identity, action: str) -> Record:
+    message = run_pb2.RunPaused(run="r", key=by.public, service="aggregator", action=action, detail="no harness")
+    return said(number, by, "run", "paused", message, by.public)
+
+
+@pytest.mark.parametrize(
+    ("news", "ends"),
+    [
+        (said(1, AGGREGATOR, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="r")), True),
+        (paused(1, AGGREGATOR, benchmark_key("r")), True),
+        (paused(1, AGGREGATOR, "merge"), False),
+        (said(1, LIBRARY, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="r")), False),
+        (said(1, AGGREGATOR, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="another")), False),
+    ],
+)
+async def test_what_ends_the_wait_for_scores_is_said_by_who_may(news: Record, ends: bool) -> None:
+    roster = Roster({"aggregator": frozenset({AGGREGATOR.public}), "library": frozenset({LIBRARY.public})})
+    assert ends_wait(news, roster) is ends
+
+
+async def test_scores_that_come_end_the_wait_and_nothing_of_the_log_is_kept_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = finished()
     ended = run.facts.ended_fact
     assert ended is not None
     monkeypatch.setattr("services.library.actions.verify_fact", lambda *_: ended)
-
-    class Told(Log):
-        def apply(self, _: Record) -> Any:
-            self.runs["r"] = run.facts
-
-    monkeypatch.setattr("services.library.actions.Log", Told)
     bus = Stored(now=ended.time_unix_ms / 1000)
     library = Given(bus, run)
     with pytest.raises(Retry, match="not scored on its benchmarks yet"):
         await library.handle(cast(Any, None))
+    bus.news = [paused(number, AGGREGATOR, "merge") for number in range(1, 200)]
+    bus.news.append(said(200, AGGREGATOR, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="r")))
     run.put("library", 0, "benchmarked", run_pb2.BenchmarksMeasured(run="r"))
     bus.told.set()
     async with asyncio.timeout(PATIENCE):
         await library._awaited["r"]
+    assert 0 < bus.most <= 2
+    assert not bus.news, "what was read before did not end it"
     with pytest.raises(Invalid, match="enough"):
         await library.handle(cast(Any, None))
     assert library.made == [{}]
