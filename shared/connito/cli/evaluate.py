@@ -13,6 +13,7 @@ from connito.cli.library.options import (
     OrganisationOption,
     ShelfOption,
     agreement,
+    base_option,
     holdings,
     named_files,
 )
@@ -22,7 +23,7 @@ from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, tabl
 @told
 def evaluate(
     target: Annotated[str, typer.Argument(help="Expert id or folder, or folder of an exported model.")],
-    base: Annotated[Path | None, typer.Option(help="The base of an expert; it is scored beside it.")] = None,
+    base: Annotated[Path | None, base_option("The base of an expert; it is scored beside it.")] = None,
     tasks: Annotated[
         list[Path] | None, typer.Option(help="Task file of lm-evaluation-harness (YAML); may be repeated.")
     ] = None,

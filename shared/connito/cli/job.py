@@ -111,7 +111,7 @@ def check(file: File, profile: Profile = "", data_dir: DataDirOption = None, as_
     with progress(quiet=as_json) as tell:
         checked = check_file(file, data_dir, tell, profile=profile)
     emit(as_json, checked.to_json(), lambda: _findings_text(checked.findings))
-    require(checked.findings, str(file))
+    require(checked.findings, str(file), shown=not as_json)
 
 
 @app.command("quote")
@@ -133,7 +133,7 @@ def quote(
     with progress(quiet=as_json) as tell:
         made = price(check_file(file, data_dir, tell, profile=profile), pilot=pilot, progress=tell)
     emit(as_json, made.to_json(), lambda: _quote_text(made))
-    require(made.findings, str(file))
+    require(made.findings, str(file), shown=not as_json)
 
 
 @app.command("report")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from connito.cli.library.options import base_option
 from connito.cli.output import DeviceOption, JsonFlag, emit
 from connito.data.reading.rows import Account
 from connito.protocol.policy.choices import CONTESTED, CONTESTED_RULE, METHOD, METHODS, SCOPE, one_of
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def select(
-    base: Annotated[Path | None, typer.Option(help="Folder of the base model that routes the text.")] = None,
+    base: Annotated[Path | None, base_option("Base model that routes the text.")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Data of the domain: file, folder, glob or address. Needs --base.")
     ] = None,

@@ -16,6 +16,7 @@ from connito.cli.library.options import (
     ShelfOption,
     YankedFlag,
     agreement,
+    base_option,
     holdings,
 )
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit
@@ -26,7 +27,7 @@ def _variable(name: str) -> str:
 
 
 def serve(
-    base: Annotated[Path, typer.Option("--base", envvar=_variable("BASE"), help="Folder of the base model.")],
+    base: Annotated[Path, base_option("Folder of the base model; or demo, tiny.", _variable("BASE"))],
     name: Annotated[str, typer.Option(envvar=_variable("NAME"), help="Its name in requests; its own without.")] = "",
     host: Annotated[str, typer.Option(envvar=_variable("HOST"), help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -57,6 +58,11 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a base and every expert of it under OpenAI's interface: models BASE, BASE+EXPERT, BASE+A+B, BASE+A|B."""
+    from connito.data.checkpoint_files import find_checkpoint
+
+    find_checkpoint(base)  # Before what computes is imported, which takes seconds.
+    if not as_json:
+        typer.echo(f"loading {base}", err=True)
     from connito.curation.serving.run import ServeOptions, serve
 
     options = ServeOptions(

@@ -140,6 +140,8 @@ def _header(file: str, entry: TensorEntry, data: int) -> Header:
 def _listed(source: Path | Mapping[str, Path]) -> tuple[str, dict[str, Path]]:
     if not isinstance(source, Path):
         return "the base", dict(source)
+    if source.is_file():
+        raise NotFound(f"{source} is a file; give the folder of the model that it belongs to, {source.parent}")
     if not source.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
         raise NotFound(
@@ -160,6 +162,12 @@ def _broken(folder: Path) -> dict[str, Path]:
 
 def _instead(where: str, there: Mapping[str, Path]) -> str:
     """Return what a folder without config.json is, and what to give instead."""
+    inside = sorted(path.parent for path in Path(where).glob("*/config.json"))
+    if inside:
+        named = (
+            f"the model is in {inside[0]}" if len(inside) == 1 else f"models are in {', '.join(map(str, inside[:3]))}"
+        )
+        return f", and {named}: name that folder" if len(inside) == 1 else f", and {named}: name one of these folders"
     snapshots = Path(where) / "snapshots"
     if snapshots.is_dir():
         reference = Path(where) / "refs" / "main"

@@ -283,10 +283,10 @@ def _folder(base: str, root: Path, progress: Progress) -> Path:
         target = cached_base(base)
         return (target if target.is_dir() else build_cached(base, progress)) / "model"
     folder = root / base
-    if not (folder / "config.json").is_file():
+    if not folder.exists():
         raise NotFound(
-            f"the base {base!r} is neither one that a run of yours or a public one used, nor demo or tiny, nor a folder with "
-            f"a model ({folder}); `connito job list` shows the platform's runs, `connito base build` makes a base"
+            f"the base {base!r} is neither one that a run of yours or a public one used, nor demo or tiny, nor a folder of "
+            f"this machine ({folder}); `connito job list` shows the platform's runs, `connito base build` makes a base"
         )
     return folder
 

@@ -32,12 +32,12 @@ def worst(findings: Iterable[Finding]) -> str:
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 
-def require(findings: Iterable[Finding], what: str = "the job") -> None:
-    """Raise `Invalid` (BAD_SPEC) that names every error among the findings with its remedy."""
+def require(findings: Iterable[Finding], what: str = "the job", *, shown: bool = False) -> None:
+    """Raise `Invalid` (BAD_SPEC) that names every error among the findings with its remedy; `shown`: which were printed."""
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
+        count = f"{what} has {len(errors)} problem{'s' if len(errors) > 1 else ''}:"
+        if shown:
+            raise Invalid(f"{count} {', '.join(finding.check for finding in errors)}", reason=reasons.REASON_BAD_SPEC)
         lines = [f"  {finding.check}: {finding.detail}; {finding.remedy}" for finding in errors]
-        raise Invalid(
-            "\n".join([f"{what} has {len(errors)} problem{'s' if len(errors) > 1 else ''}:", *lines]),
-            reason=reasons.REASON_BAD_SPEC,
-        )
+        raise Invalid("\n".join([count, *lines]), reason=reasons.REASON_BAD_SPEC)

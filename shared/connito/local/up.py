@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from connito.errors import ConnitoError, Retry
 from connito.local import begun
@@ -73,8 +73,7 @@ def run_detached(options: UpOptions, *, as_json: bool) -> dict[str, Any]:
             [sys.executable, "-P", "-m", "connito.local.up", passed],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    with choose_display(as_json=as_json) as display:
-        _wait_until_ready(data, child, display)
+    _wait_until_ready(data, child, sys.stderr if as_json else sys.stdout)
     platform = data.running()
     return {"run": platform.run, "data_dir": str(data.root), "pid": child.pid}
 
@@ -350,13 +349,13 @@ def _cancel(run: str, client: Client) -> None:
     client.job.cancel(run, "another run was started instead of it")
 
 
-def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], display: Display) -> None:
+def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], shown: IO[str]) -> None:
     """Show the log of the detached process until it is ready. Raises what it died of."""
     give_up = time.monotonic() + START_SECONDS
     with (data.logs / "up.log").open() as log:
         while time.monotonic() < give_up:
             for line in log:
-                display.say(line.rstrip("\n"))
+                print(line, end="", file=shown, flush=True)
             platform = data.read_platform()
             if platform is not None and platform.pid == child.pid and (platform.ready or platform.finished):
                 return

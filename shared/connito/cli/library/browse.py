@@ -12,6 +12,7 @@ from connito.cli.library.options import (
     AsOption,
     OrganisationOption,
     ShelfOption,
+    base_option,
     holdings,
 )
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, table, told
@@ -84,7 +85,7 @@ def search(
     like: Annotated[
         list[Path] | None, typer.Option(help="Texts: rank by the loss saved on them. Needs --base.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="Folder of the base model, with --like.")] = None,
+    base: Annotated[Path | None, base_option("Base model, with --like.")] = None,
     measure: Annotated[int, typer.Option(help="How many of the best predicted to measure, with --like.")] = 5,
     limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="Include yanked and opted-out experts.")] = False,

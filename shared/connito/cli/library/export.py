@@ -16,6 +16,7 @@ from connito.cli.library.options import (
     ShelfOption,
     YankedFlag,
     agreement,
+    base_option,
     holdings,
     obligations,
 )
@@ -25,7 +26,7 @@ from connito.cli.output import DataDirOption, JsonFlag, emit
 def export(
     expert: Annotated[str, typer.Argument(help="Expert id or folder.")],
     out: OutOption,
-    base: Annotated[Path | None, typer.Option(help="Write the whole model with the expert in it.")] = None,
+    base: Annotated[Path | None, base_option("Write the whole model with the expert in it.")] = None,
     layout: Annotated[
         str, typer.Option("--format", help="delta, or with --base: hf (transformers 5), hf-hub (as published), gguf.")
     ] = "",
@@ -49,7 +50,7 @@ def export(
 
 def verify(
     target: Annotated[str, typer.Argument(help="Expert id, folder of an expert, or folder of an exported model.")],
-    base: Annotated[Path | None, typer.Option(help="Compare with, or recompute on, this base.")] = None,
+    base: Annotated[Path | None, base_option("Compare with, or recompute on, this base.")] = None,
     roster: Annotated[Path | None, typer.Option(help="The operator's roster, to check signers against.")] = None,
     shelf: ShelfOption = None,
     data_dir: DataDirOption = None,

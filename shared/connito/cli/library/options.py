@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,24 @@ ShelfOption = Annotated[
     Path | None,
     typer.Option("--shelf", help="Folder of the local library [CONNITO_SHELF, or shelf/ in the data directory]."),
 ]
-BaseOption = Annotated[Path, typer.Option("--base", help="Folder of the base model.")]
+
+
+def base_folder(given: str) -> Path:
+    """Return the folder that is named; of `demo` and `tiny` the one in which they were built here."""
+    if given in ("demo", "tiny") and not Path(given).exists():
+        from connito.base.recipes import cached_base
+
+        built = cached_base(given) / "model"
+        return built if built.is_dir() else Path(given)
+    return Path(given)
+
+
+def base_option(said: str, variable: str | None = None) -> Any:
+    """Return the option `--base`."""
+    return typer.Option("--base", parser=base_folder, metavar="DIR|NAME", envvar=variable, help=said)
+
+
+BaseOption = Annotated[Path, base_option("Folder of the base model; or demo, tiny.")]
 MeasureOption = Annotated[
     list[str] | None, typer.Option("--measure", help="NAME=FILE: measure on this domain's text too; may be repeated.")
 ]

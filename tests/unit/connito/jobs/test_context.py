@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from connito.data.manifest import FileEntry, Manifest
+from connito.errors import NotFound
 from connito.jobs import check, context
 from connito.jobs.spec import parse_job
 from connito.platform.session import Session
@@ -109,6 +110,17 @@ def test_what_lies_on_this_machine_comes_before_what_others_call_so(platform: Pl
     (platform.folder / "big").mkdir()
     (platform.folder / "big" / "config.json").write_text("{}")
     assert platform.looked_up() is None
+
+
+def test_a_base_one_level_too_high_names_the_folder_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_session", lambda _: None)
+    (tmp_path / "big" / "model").mkdir(parents=True)
+    (tmp_path / "big" / "model" / "config.json").write_text("{}")
+    job = parse_job({"domain": "contracts", "base": "big", "data": [{"path": "x"}], "license": "MIT"})
+    with pytest.raises(NotFound, match=f"the model is in {tmp_path / 'big' / 'model'}: name that folder"):
+        context.open_context(job, tmp_path, None)
+    with pytest.raises(NotFound, match="nor demo or tiny, nor a folder of this machine"):
+        context.open_context(job.model_copy(update={"base": "bigger"}), tmp_path, None)
 
 
 @pytest.mark.parametrize("visibility", ["private", "organisation"])
