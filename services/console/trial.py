@@ -26,6 +26,7 @@ MAX_TEXT, EXAMPLE_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 1000, 64 << 10, 1 << 20
 LENGTHS = (32, 64, 128)
 # Readers whose answers are computed at once; offers are asked for again after so long.
 AT_ONCE, FRESH_SECONDS = 4, 5.0
+# An answer is cut when its time is up, long before its socket would end by itself, and is told as late.
 ASK_SECONDS, ANSWER_SECONDS = 2.0, 120.0
 # What reading an answer raises that is not what it should be.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -213,8 +214,10 @@ class Trial:
             late.cancel()
             _cut(lines.values())
 
-    async def losses(self, models: Sequence[str], text: str) -> dict[str, float]:
-        """Return the loss of a text by each model, in nats per token. Raises `Retry`, `Invalid`."""
+    async def losses(self, models: Sequence[str], text: str) -> dict[str, float | str]:
+        """Return the loss of a text by each model, in nats per token, or the sentence that says why that one has none. Raises
+        `Retry` where nobody answers, `Invalid` where what answers is no such server.
+        """
         self._take_place()
         loop, lines = asyncio.get_running_loop(), {model: _Line() for model in models}
         work = loop.run_in_executor(self._sides, self._losses, lines, text)
@@ -226,24 +229,33 @@ class Trial:
             late.cancel()
             _cut(lines.values())
 
-    def _losses(self, lines: Mapping[str, _Line], text: str) -> dict[str, float]:
-        found = {}
+    def _losses(self, lines: Mapping[str, _Line], text: str) -> dict[str, float | str]:
         self._lines.update(lines.values())
         try:
-            for model, line in lines.items():
-                body = {"model": model, "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0}
-                document = json.loads(self._open(line, "POST", "/completions", body, ANSWER_SECONDS).read(MAX_LINE))
-                scores = document["choices"][0]["logprobs"]["token_logprobs"][1:]
-                found[model] = -sum(map(float, scores)) / len(scores)
-        except (OSError, HTTPException) as error:
-            raise self._away(error) from error
-        except (*UNREADABLE, IndexError, ZeroDivisionError) as error:
-            raise self._other(error) from error
+            return {
+                model: self._late() if line.over else self._loss(model, line, text) for model, line in lines.items()
+            }
         finally:
             self._lines.difference_update(lines.values())
             for line in lines.values():
                 line.close()
-        return found
+
+    def _loss(self, model: str, line: _Line, text: str) -> float | str:
+        body = {"model": model, "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0}
+        try:
+            document = json.loads(self._open(line, "POST", "/completions", body, 2 * ANSWER_SECONDS).read(MAX_LINE))
+            scores = document["choices"][0]["logprobs"]["token_logprobs"][1:]
+            return -sum(map(float, scores)) / len(scores)
+        except Exception as error:
+            if line.over:
+                return self._late()
+            if isinstance(error, Invalid):
+                return str(error)
+            if isinstance(error, (OSError, HTTPException)):
+                raise self._away(error) from error
+            if isinstance(error, (*UNREADABLE, IndexError, ZeroDivisionError)):
+                raise self._other(error) from error
+            raise
 
     def _take_place(self) -> None:
         if self._running >= AT_ONCE:
@@ -297,8 +309,7 @@ class Trial:
                 put(Piece(side, text))
         except (Invalid, Retry) as error:
             # Nobody reads this but who has waited for as long as anybody may.
-            late = f"The server at {self.url} did not come to an end in {ANSWER_SECONDS:g} seconds."
-            put(Piece(side, problem=late if line.over else str(error)))
+            put(Piece(side, problem=self._late() if line.over else str(error)))
         finally:
             self._lines.discard(line)
             line.close()
@@ -309,7 +320,7 @@ class Trial:
             "model": model, "prompt": asked.text, "max_tokens": asked.tokens, "stream": True,
             **({"temperature": 0.8, "top_p": 0.95} if asked.drawn else {"temperature": 0}),
         }  # fmt: skip
-        answer = self._open(line, "POST", "/completions", body, ANSWER_SECONDS)
+        answer = self._open(line, "POST", "/completions", body, 2 * ANSWER_SECONDS)
         while said := self._line(answer):
             if said.startswith(b"data: [DONE]"):
                 return
@@ -375,6 +386,9 @@ class Trial:
             reached.do_handshake()
         reached.settimeout(seconds)
         return connection
+
+    def _late(self) -> str:
+        return f"The server at {self.url} did not come to an end in {ANSWER_SECONDS:g} seconds."
 
     def _away(self, error: Exception) -> Retry:
         why = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__

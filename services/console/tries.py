@@ -17,7 +17,19 @@ from .artifacts import Artifacts
 from .cards import as_html, effects
 from .experts import ExpertRow, Family, family, matching, wanted
 from .shown import Shown
-from .trial import EXAMPLE_TEXT, LENGTHS, MAX_FORM_BYTES, MAX_TEXT, Asked, Offer, Piece, Trial, as_events, example_of
+from .trial import (
+    EXAMPLE_TEXT,
+    LENGTHS,
+    MAX_FORM_BYTES,
+    MAX_TEXT,
+    SIDES,
+    Asked,
+    Offer,
+    Piece,
+    Trial,
+    as_events,
+    example_of,
+)
 
 # Experts that one example is measured with: each takes a forward pass of the server, one after the other.
 MOST = 12
@@ -25,11 +37,19 @@ MOST = 12
 
 @dataclass(frozen=True)
 class Saving:
-    """The losses of an example without and with an expert, in nats per token."""
+    """The losses of an example without and with an expert, in nats per token; or `problem`, why there are none."""
 
     row: ExpertRow
-    before: float
-    after: float
+    before: float = 0.0
+    after: float = 0.0
+    problem: str = ""
+
+    @classmethod
+    def of(cls, row: ExpertRow, before: float | str, after: float | str) -> Saving:
+        """Return what the server says of a base and an expert."""
+        if isinstance(before, str):
+            return cls(row, problem=before)
+        return cls(row, problem=after) if isinstance(after, str) else cls(row, before, after)
 
 
 class Tries:
@@ -96,7 +116,7 @@ class Tries:
         return HTMLResponse(self._render("page.html", request, Shown("example.html", "By example", values, live=False)))
 
     async def _savings(self, text: str, rows: Sequence[ExpertRow]) -> tuple[list[Saving], int]:
-        """Return savings, the largest first, and how many of the served experts were not measured. Raises `Invalid`, `Retry`."""
+        """Return savings, the largest first, and how many of the served experts were not tried. Raises `Invalid`, `Retry`."""
         offers = [(row, offer) for row in rows if not (offer := await self._trial.offer(row.expert_id)).problem]
         if not offers:
             raise Invalid("None of these experts is served" + (f" at {self._trial.url}." if self._trial.url else ": "
@@ -105,8 +125,11 @@ class Tries:
         bases = [offer.models["base"] for _, offer in measured]
         names = list(dict.fromkeys([*bases, *(offer.models["expert"] for _, offer in measured)]))
         losses = await self._trial.losses(names, text)
-        found = [Saving(row, losses[offer.models["base"]], losses[offer.models["expert"]]) for row, offer in measured]
-        return sorted(found, key=lambda saving: saving.after - saving.before), len(offers) - len(measured)
+        found = [Saving.of(row, *(losses[offer.models[side]] for side in SIDES)) for row, offer in measured]
+        found.sort(key=lambda saving: (bool(saving.problem), saving.after - saving.before))
+        if found[0].problem:
+            raise Invalid(found[0].problem)
+        return found, len(offers) - len(measured)
 
     def _row(self, request: Request) -> tuple[ExpertRow, Family]:
         rows = self._rows(request)

@@ -44,20 +44,40 @@ class Session:
 
         With `wake`, for who reads only: where none runs, start broker and store of the one that rests there.
         """
-        key = os.environ.get("CONNITO_KEY_FILE", "")
-        told = Membership.of(Path(key)) if key else Membership()
-        url = os.environ.get("CONNITO_NATS_URL", "") or told.bus
-        if url and data_dir is None:
-            return cls(
-                url,
-                Identity.load(_path("CONNITO_KEY_FILE")),
-                Roster.load(_path("CONNITO_ROSTER", told.roster)),
-                tls=Tls.from_environment(os.environ),
-            )
+        if (elsewhere := cls._elsewhere(data_dir)) is not None:
+            return elsewhere
         data = DataDir.at(data_dir)
         platform, resting = _platform(data, wake=wake)
         identity = Identity.load(data.keys / f"{role}.nk")
         return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform, resting=resting)
+
+    @classmethod
+    def _elsewhere(cls, data_dir: Path | None) -> Self | None:
+        key = os.environ.get("CONNITO_KEY_FILE", "")
+        told = Membership.of(Path(key)) if key else Membership()
+        url = os.environ.get("CONNITO_NATS_URL", "") or told.bus
+        if not url or data_dir is not None:
+            return None
+        return cls(
+            url,
+            Identity.load(_path("CONNITO_KEY_FILE")),
+            Roster.load(_path("CONNITO_ROSTER", told.roster)),
+            tls=Tls.from_environment(os.environ),
+        )
+
+    @classmethod
+    def acting(cls, data_dir: Path | None) -> tuple[str, frozenset[str]]:
+        """Return the customer's key that `open` would act with, and its organisations; also where nothing runs. Nobody's where
+        there is none.
+        """
+        data, found = DataDir.at(data_dir), cls._elsewhere(data_dir)
+        if found is not None:
+            return found.identity.public, found.roster.memberships(found.identity.public)
+        mine = data.keys / "customer.nk"
+        if not mine.is_file():
+            return "", frozenset()
+        key = Identity.load(mine).public
+        return key, Roster.load(data.roster).memberships(key) if data.roster.is_file() else frozenset()
 
     @asynccontextmanager
     async def bus(self) -> AsyncIterator[Bus]:

@@ -54,13 +54,10 @@ def holdings(
     """Return where experts are looked up, and for whom."""
     from connito.curation.holdings import Holdings
     from connito.library.governance import Viewer
-    from connito.platform.datadir import DataDir
-    from connito.wire.identity import Identity
+    from connito.platform.session import Session
 
-    mine = DataDir.at(data_dir).keys / "customer.nk"
-    if not who and mine.is_file():
-        who = Identity.load(mine).public
-    return Holdings(shelf, data_dir, Viewer(who, frozenset(organisations or [])))
+    who, joined = (who, frozenset[str]()) if who else Session.acting(data_dir)
+    return Holdings(shelf, data_dir, Viewer(who, joined | frozenset(organisations or ())))
 
 
 def agreement(

@@ -18,6 +18,7 @@ from services.console.figures import ExpertFigures
 from services.console.pages import Console
 from services.console.state import Connection, Feed
 from services.console.trial import MAX_TEXT, Asked, Offer, Piece, Trial
+from services.console.tries import Saving
 
 from .world import RUN, a_run, end
 
@@ -34,6 +35,7 @@ class Server(Trial):
         self._offer, self._found = offer, found
         self.asked: list[Asked] = []
         self.measured: list[tuple[list[str], str]] = []
+        self.said: dict[str, float | str] = {"tiny+medical-1": 3.25}
 
     async def offer(self, expert: str) -> Offer:
         return self._offer
@@ -44,9 +46,9 @@ class Server(Trial):
         self.asked.append(asked)
         return {side: Piece(side, "so it goes") for side in offer.models}
 
-    async def losses(self, models: Sequence[str], text: str) -> dict[str, float]:
+    async def losses(self, models: Sequence[str], text: str) -> dict[str, float | str]:
         self.measured.append((list(models), text))
-        return {"tiny": 3.5, "tiny+medical-1": 3.25}
+        return {"tiny": 3.5, **self.said}
 
 
 def request_of(path: str, form: dict[str, str]) -> Request:
@@ -126,6 +128,19 @@ async def test_experts_are_measured_by_an_example() -> None:
     assert ">-0.2500<" in page
     assert "3.5000 → 3.2500" in page
     assert "A &lt;b&gt;word&lt;/b&gt;</textarea>" in page
+
+
+def test_what_has_no_loss_comes_last_with_its_reason() -> None:
+    row: Any = SimpleNamespace(expert_id="medical-1")
+    assert Saving.of(row, 3.5, "it is yanked") == Saving(row, problem="it is yanked")
+    assert Saving.of(row, "too late", 3.5) == Saving(row, problem="too late")
+
+
+async def test_a_measurement_without_a_figure_is_a_sentence() -> None:
+    trial = Server(OFFER)
+    trial.said = {"tiny+medical-1": "The server refuses: <yanked>"}
+    page = await measured(trial)
+    assert 'role="alert">The server refuses: &lt;yanked&gt;' in page
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from connito.errors import Fatal, Invalid, Retry
 
 from services.console.settings import ConsoleSettings
 from services.console.trial import AT_ONCE, MAX_TEXT, SIDES, Asked, Offer, Piece, Trial
+from tests.support.waiting import PATIENCE
 
 Answer = Callable[[str, dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 OFFER = Offer({"base": "tiny", "expert": "tiny+law-1"})
@@ -388,6 +389,42 @@ async def test_scores_that_are_none_are_no_loss(body: object) -> None:
         trial = Trial(address)
         with pytest.raises(Invalid, match="is no `connito serve`"):
             await trial.losses(["tiny"], "By law")
+        await idle(trial)
+
+
+async def test_one_model_that_is_refused_spoils_no_other() -> None:
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        refused = document("403 Forbidden", {"error": {"message": "law-1 is yanked: asked by its owner"}})
+        writer.write(refused if body["model"] == "tiny+law-1" else document("200 OK", scores(None, -1.5)))
+
+    async with server(answer) as address:
+        trial = Trial(address)
+        found = await trial.losses(["tiny", "tiny+law-1", "tiny+code-1"], "By law")
+        assert found == {
+            "tiny": 1.5, "tiny+code-1": 1.5,
+            "tiny+law-1": f"The server at {address} refuses: law-1 is yanked: asked by its owner",
+        }  # fmt: skip
+        await idle(trial)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_what_is_measured_when_time_is_up_is_kept_and_the_rest_is_late(
+    monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr("services.console.trial.ANSWER_SECONDS", 1.0)
+    left = asyncio.Semaphore(0)
+
+    async def answer(_: str, body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        if body["model"] == "tiny":
+            writer.write(document("200 OK", scores(None, -1.5)))
+        elif begun:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+
+    async with server(answer, left) as address, asyncio.timeout(PATIENCE):
+        trial = Trial(address)
+        found = await trial.losses(["tiny", "tiny+law-1", "tiny+code-1"], "By law")
+        late = f"The server at {address} did not come to an end in 1 seconds."
+        assert found == {"tiny": 1.5, "tiny+law-1": late, "tiny+code-1": late}
         await idle(trial)
 
 
