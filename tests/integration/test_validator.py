@@ -176,7 +176,7 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             # What the committer accepted and the store lost is nobody's fault: it is waited for.
             lost = artifacts["honest"][0]
             await asyncio.to_thread(store._client.remove_object, store.bucket, key_of(lost))
-            seed = draw_seed(run_id, 1, {me: secret.secret})
+            seed = draw_seed(run_id, 1, {me: secret.message.secret})
             await teller.say(
                 "validate", 1, "drawn", cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=seed, validators=[me])
             )

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from connito.moe.batches import placed
@@ -86,17 +87,24 @@ class Head:
         ]
         return torch.cat(parts).view(targets.shape)
 
-    def logits(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the logits of one sequence's ids [L] in their order, float32 [n, V], a few tokens at a time. No gradients."""
+    def logits(self, ids: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+        """Yield the logits of one sequence's ids [L] in their order, float32 [n, V], a few tokens at a time. No gradients.
+
+        The body computes `most` tokens in one pass, over what it keeps of those before.
+        """
         with torch.no_grad():
             if self.body is None:
                 yield self.model(input_ids=ids[None], use_cache=False).logits[0].float()
                 return
-            hidden = self.body(input_ids=ids[None], use_cache=False).last_hidden_state
             step = max(1, HEAD_VALUES // self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-            for part in hidden[0].split(step):
-                made = _logits_of(self.model, self.body, part[None])[0] if self.output is None else self.output(part)
-                yield made.float()
+            kept = {"past_key_values": DynamicCache(config=self.model.config)} if len(ids) > most else {}
+            for some in torch.split(ids, most):
+                hidden = self.body(input_ids=some[None], use_cache=bool(kept), **kept).last_hidden_state
+                for part in hidden[0].split(step):
+                    made = (
+                        _logits_of(self.model, self.body, part[None])[0] if self.output is None else self.output(part)
+                    )
+                    yield made.float()
 
     def _part(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return _full_nll(_logits_of(self.model, self.body, hidden[None]), targets[None])[0]

@@ -54,7 +54,7 @@ class Generator:
         self, table: ExpertTable, *, ends: set[int], cache_tokens: int, batch_tokens: int, requests: int
     ) -> None:
         """Make the batches of `table`'s model. `ends`: tokens that end an answer; `cache_tokens`: of all requests together."""
-        self.table, self.ends = table, ends
+        self.table, self.ends, self._batch_tokens = table, ends, batch_tokens
         self._slot_of: dict[str, int] = {}
         self._numbers = itertools.count()
         config = table.model.config.get_text_config()
@@ -144,9 +144,10 @@ class Generator:
         """Return the scores of a prompt, between two batches: nothing else is computed meanwhile, so one call at a time."""
         self._require_alive()
         with self.paused():
-            self.table.token_slots = torch.full((len(ids),), slot, device=self.table.device)
+            # One for all tokens, as many as a pass has.
+            self.table.token_slots = torch.full((1,), slot, device=self.table.device)
             try:
-                return score(self._head, ids, count, ahead=ahead)
+                return score(self._head, ids, count, ahead=ahead, most=self._batch_tokens)
             finally:
                 self.table.token_slots = None
 

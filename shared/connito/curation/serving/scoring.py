@@ -24,10 +24,12 @@ class Scores:
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
-def score(head: Head, ids: Sequence[int], count: int, *, ahead: bool) -> Scores:
-    """Return the scores of ids [L] with the `count` likeliest in every place, and, `ahead`, of the likeliest next token."""
+def score(head: Head, ids: Sequence[int], count: int, *, ahead: bool, most: int) -> Scores:
+    """Return the scores of ids [L] with the `count` likeliest in every place, and, `ahead`, of the likeliest next token;
+    `most` tokens in one pass.
+    """
     found, table, at = Scores(list(ids)), torch.tensor(ids, device=next(head.model.parameters()).device), 1
-    for logits in head.logits(table):
+    for logits in head.logits(table, most):
         logprobs = logits.log_softmax(dim=-1)
         wanted = table[at : at + len(logits)]
         if len(wanted) < len(logits):  # What comes after the last one is not among them.

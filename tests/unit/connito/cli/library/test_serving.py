@@ -152,7 +152,14 @@ def test_a_prompt_is_scored_as_the_merged_model_scores_it_while_others_are_answe
 ) -> None:
     running, words = start(), load_tokenizer(tiny)
     names = {"tiny": {}, **{f"tiny+{stocked[1][domain]}": parts[domain].rows for domain in ("recipes", "logs")}}
-    prompts: list[Any] = [PROMPT * 9, [1, 2, 3, 200], "ὦ σελήνη", [7]]
+    prompts: list[Any] = [PROMPT * 19, [1, 2, 3, 200], "ὦ σελήνη", [7]]
+    passes: list[int] = []
+
+    def seen(_: Any, __: Any, keywords: dict[str, Any]) -> None:
+        if "cu_seq_lens_q" not in keywords:
+            passes.append(keywords["input_ids"].shape[1])
+
+    running.server.generator.table.model.model.register_forward_pre_hook(seen, with_kwargs=True)
     client, beside = running.client(), {"model": f"tiny+{stocked[1]['logs']}", "prompt": PROMPT, "temperature": 0}
     alone = client.completions.create(**beside, max_tokens=60).choices[0].text
     answers: list[str] = []
@@ -185,6 +192,9 @@ def test_a_prompt_is_scored_as_the_merged_model_scores_it_while_others_are_answe
             assert len(found.tokens) == len(found.text_offset) == len(ids) + 1
             assert found.text_offset == sorted(found.text_offset)
     assert answers == [alone] * len(names)
+    assert (
+        passes == [128, 128, len(words(prompts[0])["input_ids"]) - 256, 4, len(words(prompts[2])["input_ids"]), 1] * 3
+    )
     alike = client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, max_tokens=0)
     assert alike.choices[0].text == PROMPT
     # No server of one letter a token: every token starts where the one before it ends.
