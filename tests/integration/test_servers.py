@@ -12,7 +12,7 @@ import pytest
 from connito.bus import Bus, streams
 from connito.errors import Invalid
 from connito.platform.accounts import Accounts
-from connito.platform.servers import NatsServer
+from connito.platform.servers import NatsServer, ObjectStore
 from connito.wire.identity import Identity
 
 from tests.support.waiting import wait_until
@@ -23,7 +23,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from connito.platform.accounts import Accounts
-from connito.platform.servers import NatsServer
+from connito.platform.servers import NatsServer, ObjectStore
 server = NatsServer(Path(sys.argv[1])).start()
 print(server.pid, flush=True)
 time.sleep(60)
@@ -87,3 +87,39 @@ def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
     (tmp_path / "bad" / "jetstream").write_text("not a folder")
     with pytest.raises(Invalid, match="storage directory is not a directory"):
         server.start()
+
+
+@pytest.mark.parametrize("part", ["clients", "s3", "filer.grpc"])
+def test_a_port_that_another_took_before_it_listened_is_picked_again(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of two installations that start side by side: both found the port free, and one was faster."""
+    server = NatsServer(tmp_path) if part == "clients" else ObjectStore(tmp_path)
+    (taken, prepare) = (server._ports()[part], server._prepare)
+    with socket.socket() as faster:
+
+        def meanwhile() -> list[str]:
+            if server._ports()[part] == taken:
+                faster.bind(("127.0.0.1", taken))
+                faster.listen()
+            return prepare()
+
+        monkeypatch.setattr(server, "_prepare", meanwhile)
+        with server.start():
+            assert server._ports()[part] != taken
+
+
+def test_a_port_that_was_asked_for_is_not_picked_again(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(Invalid, match="another program has it"):
+            NatsServer(tmp_path, other.getsockname()[1]).start()
+
+
+def test_anothers_broker_on_the_port_is_not_ones_own(tmp_path: Path) -> None:
+    with NatsServer(tmp_path / "other") as other:
+        own = NatsServer(tmp_path / "own", other.port)
+        own._name = "connito-local-mine"
+        assert own._not_ready() == "no greeting of its own"
+        assert other._not_ready() == ""

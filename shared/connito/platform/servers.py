@@ -11,6 +11,7 @@ import io
 import json
 import random
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from connito.platform.spawning import spawn
 from connito.runtime.progress import Notify
 
 START_SECONDS = 60.0
+PICKS = 5
 EPHEMERAL = 32_768  # where Linux begins to give ports to connections; others begin higher
 
 
@@ -66,6 +68,8 @@ class Server:
         self.log_file = log_file if log_file is not None else data_dir / f"{self.program}.log"
         self.die_with_parent = die_with_parent
         self.process: subprocess.Popen[bytes] | None = None
+        # How often other ports may still be picked: none once somebody knows the server by the ones it has.
+        self._picks, self._log_before = PICKS, 0
 
     @property
     def pid(self) -> int:
@@ -80,19 +84,44 @@ class Server:
 
     def start(self, progress: Notify | None = None) -> Self:
         """Start, and return once it really serves. Raises `Invalid` with the last lines of its log when it ends
-        instead, `Retry` when it is not ready within a minute."""
+        instead, `Retry` when it is not ready within a minute.
+
+        Ports that were picked, and that another program took before this one listened on them, are picked again.
+        """
         assert not self.running, "the server is running already"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self.check_ports()
+        while True:
+            try:
+                self.check_ports()
+                self._begin(progress)
+            except Invalid:
+                if not self._picks or not self._met_another():
+                    raise
+                self._picks -= 1
+                self._pick()
+            else:
+                self._picks = 0
+                return self
+
+    def _begin(self, progress: Notify | None) -> None:
         command = self._prepare()
         if progress is not None:
             progress(f"starting {self.program}")
         with self.log_file.open("ab") as log:
+            self._log_before = log.tell()
             self.process = spawn(command, log.fileno(), self.data_dir, self.die_with_parent)
         atexit.register(self.kill)
         self._wait_ready(progress)
-        return self
+
+    def _met_another(self) -> bool:
+        """Return whether another program has, or had, a port of this server, which does not run."""
+        try:
+            self.check_ports()
+        except Invalid:
+            return True
+        said = self.log_file.read_bytes()[self._log_before :] if self.log_file.exists() else b""
+        return re.search(rb"address already in use|handshake", said) is not None
 
     def stop(self, grace: float = 2.0) -> None:
         """Ask it to end; kill it after `grace` seconds. What it acknowledged is on disk either way."""
@@ -160,6 +189,10 @@ class Server:
     def _ports(self) -> dict[str, int]:
         raise NotImplementedError
 
+    def _pick(self) -> None:
+        """Choose free ports."""
+        raise NotImplementedError
+
     def _prepare(self) -> list[str]:
         """Write configuration files; the command line."""
         raise NotImplementedError
@@ -190,8 +223,12 @@ class NatsServer(Server):
         die_with_parent: bool = True,
     ) -> None:
         super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
-        self.port = port or free_ports(1)[0]
-        self.accounts = accounts
+        self.port, self.accounts = port, accounts
+        self._name = ""
+        if port:
+            self._picks = 0
+        else:
+            self._pick()
 
     @property
     def url(self) -> str:
@@ -201,7 +238,11 @@ class NatsServer(Server):
     def _ports(self) -> dict[str, int]:
         return {"clients": self.port}
 
+    def _pick(self) -> None:
+        (self.port,) = free_ports(1)
+
     def _prepare(self) -> list[str]:
+        self._name = f"connito-local-{secrets.token_hex(8)}"
         write_durably(self.data_dir / "nats-server.conf", json.dumps(self._config(), indent=2))
         return [find_program(self.program), "-c", "nats-server.conf"]
 
@@ -209,7 +250,7 @@ class NatsServer(Server):
         config: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": self.port,
-            "server_name": "connito-local",
+            "server_name": self._name,
             **SERVER,
             "jetstream": {"store_dir": "jetstream", **JETSTREAM},
         }
@@ -223,13 +264,14 @@ class NatsServer(Server):
         return config | self.accounts.server("jwt")
 
     def _not_ready(self) -> str:
-        """Return whether the server accepts clients, which it does after JetStream has recovered its streams."""
+        """Return whether this server, and no other one, accepts clients, as it does once JetStream has recovered."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 greeting = connection.recv(4096)
         except OSError as error:
             return str(error)
-        return "" if greeting.startswith(b"INFO ") and b'"jetstream":true' in greeting else "no greeting"
+        known = (b"INFO ", b'"jetstream":true', self._name.encode())
+        return "" if all(part in greeting for part in known) else "no greeting of its own"
 
 
 class ObjectStore(Server):
@@ -252,11 +294,8 @@ class ObjectStore(Server):
         super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
         self.access_key, self.secret_key = access_key, secret_key
         self.identities = identities
-        names = ("s3", "master", "volume", "filer")
-        chosen = free_ports(2 * len(names))
-        self.ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], chosen, strict=True))
-        if port:
-            self.ports["s3"] = port
+        self._known = {"s3": port} if port else {}
+        self._pick()
 
     @property
     def url(self) -> str:
@@ -265,6 +304,11 @@ class ObjectStore(Server):
 
     def _ports(self) -> dict[str, int]:
         return self.ports
+
+    def _pick(self) -> None:
+        names = ("s3", "master", "volume", "filer")
+        chosen = free_ports(2 * len(names))
+        self.ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], chosen, strict=True)) | self._known
 
     def _prepare(self) -> list[str]:
         identities = self.identities or [
