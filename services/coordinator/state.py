@@ -52,6 +52,8 @@ class State(PositionedLog):
             self._windows.notice(facts)
         if kind in ("head", "cosigned", "ended"):
             _audited(facts)
+        if kind in ("version", "ended"):
+            _gated(facts)
         if kind == "closed" and live:
             _observe(facts, facts.window(fact.key.section, fact.key.cycle))
 
@@ -62,6 +64,7 @@ class State(PositionedLog):
         if (facts := self.runs.get(run)) is not None:
             self._windows.notice(facts)
             _audited(facts)
+            _gated(facts)
 
     def note(self, run: str) -> dict[str, Any]:
         """Return what is to be kept of a run."""
@@ -93,6 +96,18 @@ def _audited(facts: RunFacts) -> None:
     metrics.UNAUDITED_CYCLES.labels(facts.run).set(waiting)
     if facts.ended is not None and not waiting:
         metrics.UNAUDITED_CYCLES.remove(facts.run)
+
+
+def _gated(facts: RunFacts) -> None:
+    """Show how many merged versions in a row the gate refused; nothing of a run that is over."""
+    kept, merged = cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, 0
+    for version in filter(None, map(facts.version, reversed(facts.cycles()))):
+        if version.gate not in (kept, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE):
+            break
+        merged += version.gate == kept
+    metrics.KEPT_INCUMBENT_CYCLES.labels(facts.run).set(merged)
+    if facts.ended is not None:
+        metrics.KEPT_INCUMBENT_CYCLES.remove(facts.run)
 
 
 class Changes:

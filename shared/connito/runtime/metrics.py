@@ -220,7 +220,7 @@ GATE_DECISIONS = declare(
     "gate_decisions_total",
     "What the gate decided about the merged version",
     ("decision",),
-    when_bad="kept_incumbent in a row: nothing improves any more; end the run or look at the data",
+    when_bad="kept_incumbent most of the time: see connito_kept_incumbent_cycles, which names the run",
 )
 TARGET_LOSS = declare(
     Gauge,
@@ -292,6 +292,13 @@ UNAUDITED_CYCLES = declare(
     "Cycles of a run whose signed head no validator has cosigned yet; one cosignature stands for all before it",
     ("run",),
     when_bad="above 1: validators do not read the log, or object to it; `connito audit RUN` says whether it is right",
+)
+KEPT_INCUMBENT_CYCLES = declare(
+    Gauge,
+    "kept_incumbent_cycles",
+    "Merged versions of a run in a row that the gate refused, up to the newest",
+    ("run",),
+    when_bad="3 or more: nothing improves any more, or what is merged is hostile; end the run or look at the data",
 )
 CONSUMER_PENDING = declare(
     Gauge,

@@ -73,6 +73,26 @@ def test_cycles_count_as_unaudited_until_a_validator_signs_a_head_behind_them(ro
     assert tell("cosigned", 3, cosigned, "UA") is None
 
 
+def test_versions_that_the_gate_refused_in_a_row_are_counted_by_run(roster: Roster) -> None:
+    state, facts = State(roster), RunFacts("gated")
+    state.runs["gated"] = facts
+
+    def tell(cycle: int, gate: cycle_pb2.GateDecision) -> float | None:
+        _add(facts, "train", "opened", cycle_pb2.WindowOpened(run="gated", cycle=cycle), 1_000, cycle=cycle)
+        published = cycle_pb2.VersionPublished(run="gated", cycle=cycle, version=cycle, gate=gate)
+        _add(facts, "merge", "version", published, 1_000, cycle=cycle)
+        state.notice(facts.facts[FactKey("merge", cycle, "version")], live=True)
+        return REGISTRY.get_sample_value("connito_kept_incumbent_cycles", {"run": "gated"})
+
+    kept, nothing = cycle_pb2.GATE_DECISION_KEPT_INCUMBENT, cycle_pb2.GATE_DECISION_NOTHING_TO_MERGE
+    gates = [kept, cycle_pb2.GATE_DECISION_ACCEPTED, kept, nothing, kept, kept]
+    assert [tell(cycle, gate) for cycle, gate in enumerate(gates, 1)] == [1, 0, 1, 1, 2, 3]
+    assert tell(7, cycle_pb2.GATE_DECISION_WITH_GAINLESS) == 0
+    _add(facts, "run", "ended", run_pb2.RunEnded(run="gated"), 11_000, cycle=0)
+    state.notice(facts.facts[FactKey("run", 0, "ended")], live=True)
+    assert REGISTRY.get_sample_value("connito_kept_incumbent_cycles", {"run": "gated"}) is None
+
+
 def test_a_run_without_heads_has_nothing_to_be_signed(roster: Roster) -> None:
     state, facts = State(roster), RunFacts("headless")
     state.runs["headless"] = facts
