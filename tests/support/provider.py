@@ -56,7 +56,12 @@ class InMemory:
         path = url.removeprefix(ISSUER)
         if path == "/token":
             return self._redeem(parse_qs((body or b"").decode()))
-        answers = {"/.well-known/openid-configuration": self.about, "/keys": {"keys": self.jwks}, "/me": self.me}
+        answers = {
+            "/.well-known/openid-configuration": self.about,
+            "/keys": {"keys": self.jwks},
+            "/keys2": {"keys": self.jwks},
+            "/me": self.me,
+        }
         return 200, json.dumps(answers[path]).encode()
 
     def _redeem(self, form: Mapping[str, list[str]]) -> tuple[int, bytes]:

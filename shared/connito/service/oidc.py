@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 LEEWAY_S = 60.0
 MAX_TOKEN, MAX_ANSWER, MAX_ENTRIES = 16 << 10, 1 << 20, 1000
-# Keys are asked for again after an hour, and for one that is not known, at most so often.
-KEYS_S, ASK_AGAIN_S = 3600.0, 10.0
+# Keys are asked for again after an hour, and for one that is not known, at most so often. While the provider is away, those
+# that are known count for a day.
+KEYS_S, ASK_AGAIN_S, AWAY_S = 3600.0, 10.0, 24 * 3600.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -58,36 +59,63 @@ class Provider:
         secure(issuer, "CONNITO_OIDC_ISSUER")
         self._ask, self._clock = ask or _ask, clock
         self._about: dict[str, Any] = {}
-        self._keys: _Keys | None = None
+        self._keys = _Keys({}, -float("inf"))
+        self._asked_at = -float("inf")
+        self._problem: Invalid | Retry | None = None
         self._lock = asyncio.Lock()
 
     async def about(self, name: str) -> str:
         """Return an address of the provider by its name in its metadata. Raises `Retry` while it is away, `Invalid`."""
         if not self._about:
-            found = await self.answer("GET", f"{self.issuer.rstrip('/')}/.well-known/openid-configuration")
-            if found.get("issuer") != self.issuer:
-                raise Invalid(
-                    f"{self.issuer} says that it is {str(found.get('issuer'))[:200]!r}; set CONNITO_OIDC_ISSUER to that, to the "
-                    "letter"
-                )
-            self._about = found
+            await self._introduce()
         address = self._about.get(name)
         if not isinstance(address, str):
             raise Invalid(f"the identity provider {self.issuer} has no {name}")
         return secure(address, name)
 
+    async def _introduce(self) -> None:
+        found = await self.answer("GET", f"{self.issuer.rstrip('/')}/.well-known/openid-configuration")
+        if found.get("issuer") != self.issuer:
+            raise Invalid(
+                f"{self.issuer} says that it is {str(found.get('issuer'))[:200]!r}; set CONNITO_OIDC_ISSUER to that, to the "
+                "letter"
+            )
+        self._about = found
+
     async def keys(self, key_id: str | None) -> list[PyJWK]:
-        """Return the keys of that id; without one, the only key that there is. Asks the provider where it knows none."""
-        async with self._lock:
-            age = float("inf") if self._keys is None else self._clock() - self._keys.read_at
-            known = self._keys is not None and (key_id is None or key_id in self._keys.by_id)
-            if age > KEYS_S or (not known and age > ASK_AGAIN_S):
-                self._keys = _Keys(_read_keys(await self.answer("GET", await self.about("jwks_uri"))), self._clock())
-        assert self._keys is not None
+        """Return the keys of that id; without one, the only key that there is. Asks the provider where it knows none.
+
+        Nobody whose key is known waits for a provider that hangs, except the first after an hour. Raises `Retry` while it is
+        away.
+        """
+        if self._due(key_id) or not self._knows(key_id):
+            async with self._lock:
+                if self._due(key_id):
+                    await self._ask_for_keys()
+        if self._problem and not (self._knows(key_id) and self._clock() - self._keys.read_at < AWAY_S):
+            raise self._problem.with_traceback(None)
         if key_id is not None:
             return self._keys.by_id.get(key_id, [])
         every = [key for keys in self._keys.by_id.values() for key in keys]
         return every if len(every) == 1 else []
+
+    def _due(self, key_id: str | None) -> bool:
+        """Return whether the provider is to be asked, which it is not twice in a few seconds, whatever it answered."""
+        now = self._clock()
+        return now - self._asked_at > ASK_AGAIN_S and (not self._knows(key_id) or now - self._keys.read_at > KEYS_S)
+
+    def _knows(self, key_id: str | None) -> bool:
+        return bool(self._keys.by_id) if key_id is None else key_id in self._keys.by_id
+
+    async def _ask_for_keys(self) -> None:
+        self._asked_at = self._clock()
+        try:
+            # What it says of itself too: its keys may have moved.
+            await self._introduce()
+            self._keys = _Keys(_read_keys(await self.answer("GET", await self.about("jwks_uri"))), self._clock())
+            self._problem = None
+        except (Invalid, Retry) as error:
+            self._problem = error
 
     async def answer(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, body: bytes | None = None

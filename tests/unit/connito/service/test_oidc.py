@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -210,7 +212,54 @@ async def test_a_provider_that_is_away_is_no_refusal(desk: Desk) -> None:
     with pytest.raises(Retry, match="is away"):
         await desk.bearer(sign())
     desk.there.down = False
+    desk.now += oidc.ASK_AGAIN_S + 1
     assert await desk.bearer(sign())
+
+
+async def test_known_keys_count_for_a_day_while_the_provider_is_away(desk: Desk) -> None:
+    assert await desk.bearer(sign())
+    desk.there.down = True
+    desk.now += oidc.KEYS_S + 1
+    asked = len(desk.there.asked)
+    for _ in range(20):
+        assert await desk.bearer(sign())
+        with pytest.raises(Retry, match="is away"):
+            await desk.bearer(sign(kid="new"))
+    assert len(desk.there.asked) == asked + 1, "one that hangs is not waited for by everybody"
+    desk.now += oidc.AWAY_S
+    with pytest.raises(Retry, match="is away"):
+        await desk.bearer(sign())
+
+
+async def test_nobody_whose_key_is_known_waits_for_a_provider_that_hangs(desk: Desk) -> None:
+    assert await desk.bearer(sign())
+    hanging, reached, ask = threading.Event(), threading.Event(), desk.there.ask
+
+    def hang(*said: Any) -> tuple[int, bytes]:
+        reached.set()
+        hanging.wait(20)
+        return ask(*said)
+
+    desk.tokens.provider._ask = hang
+    desk.now += oidc.ASK_AGAIN_S + 1
+    unknown = asyncio.create_task(desk.bearer(sign(kid="new")))
+    await asyncio.to_thread(reached.wait, 20)
+    try:
+        async with asyncio.timeout(10):
+            assert await desk.bearer(sign())
+        assert not unknown.done()
+    finally:
+        hanging.set()
+    with pytest.raises(Invalid, match="nobody there has the key"):
+        await unknown
+
+
+async def test_keys_that_moved_are_found(desk: Desk) -> None:
+    assert await desk.bearer(sign())
+    desk.there.about["jwks_uri"] = f"{ISSUER}/keys2"
+    desk.now += oidc.KEYS_S + 1
+    assert await desk.bearer(sign())
+    assert desk.there.asked[-1] == f"{ISSUER}/keys2"
 
 
 @pytest.mark.parametrize(
