@@ -215,13 +215,14 @@ class _Up:
         from connito.client.cleaning import collect
         from connito.store.eviction import drop
 
+        gone: set[str] = set()
         while spec.retention.cycles:
             await asyncio.sleep(COLLECT_SECONDS)
             with suppress(ConnitoError, OSError):
                 found = await collect(installation.bus, installation.store, installation.roster, remove=True)
-                gone = {one.digest for one in found.stale} - {one.digest for one in found.kept}
-                for cache in (self.data.cache, installation.miner_cache):
-                    await asyncio.to_thread(drop, cache, gone)
+                gone = (gone | {one.digest for one in found.stale}) - {one.digest for one in found.kept}
+                caches = (self.data.cache, installation.miner_cache)
+                gone = set[str]().union(*[await asyncio.to_thread(drop, cache, gone) for cache in caches])
 
     async def _choose_run(self, installation: Installation) -> str:
         """Return the run that an earlier `up` left unfinished, or the id of a new one; with `--new`, cancel the unfinished."""

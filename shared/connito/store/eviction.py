@@ -54,12 +54,18 @@ def make_room(
     return freed
 
 
-def drop(folder: Path, digests: Iterable[str]) -> None:
-    """Evict what the store has collected: nobody will ask for it again."""
+def drop(folder: Path, digests: Iterable[str], *, now: Callable[[], float] = time.time) -> set[str]:
+    """Evict what the store has collected; return those that somebody asked for just now, and may open: they go another time."""
+    left, before = set(), now() - IN_USE_SECONDS
     for digest in digests:
         path = folder / "sha256" / digest[:2] / digest
+        with suppress(OSError):
+            if path.with_name(path.name + USED).stat().st_mtime >= before:
+                left.add(digest)
+                continue
         if path.exists():
             _evict(path)
+    return left
 
 
 def _evict(file: Path) -> None:

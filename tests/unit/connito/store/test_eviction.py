@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,21 @@ def test_the_longest_unused_goes_and_its_companions_with_it(tmp_path: Path) -> N
 
 def test_what_the_store_collected_is_dropped_with_its_companions(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    refs = [put(cache, number, 0, REALM_SUBMISSION) for number in range(3)]
+    refs = [put(cache, number, 1, REALM_SUBMISSION) for number in range(3)]
     cache.path(refs[0]).with_name(f"{refs[0].digest}.x.open").touch()
-    drop(tmp_path, [refs[0].digest, "f" * 64])
+    assert drop(tmp_path, [refs[0].digest, "f" * 64]) == set()
     assert kept(cache, refs) == [1, 2]
     assert not list(tmp_path.rglob(f"{refs[0].digest}*"))
+
+
+def test_what_was_asked_for_just_now_is_dropped_later(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    refs = [put(cache, 0, 0), put(cache, 1, 1)]
+    digests = [ref.digest for ref in refs]
+    assert drop(tmp_path, digests) == {digests[0]}
+    assert kept(cache, refs) == [0]
+    assert drop(tmp_path, digests, now=lambda: time.time() + IN_USE_SECONDS + 1) == set()
+    assert kept(cache, refs) == []
 
 
 def test_hand_ins_go_before_everything_else(tmp_path: Path) -> None:
