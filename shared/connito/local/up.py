@@ -209,9 +209,7 @@ class _Up:
         return report
 
     async def _collect(self, installation: Installation, spec: RunSpec) -> None:
-        """Collect now and then what a run that keeps its last cycles only has left, as `connito clean --remove` does, and its
-        copies in the caches of this machine.
-        """
+        """Collect now and then what a run that keeps its last cycles only has left, and its copies in this machine's caches."""
         from connito.client.cleaning import collect
         from connito.store.eviction import drop
 
@@ -221,8 +219,8 @@ class _Up:
             with suppress(ConnitoError, OSError):
                 found = await collect(installation.bus, installation.store, installation.roster, remove=True)
                 gone = (gone | {one.digest for one in found.stale}) - {one.digest for one in found.kept}
-                caches = (self.data.cache, installation.miner_cache)
-                gone = set[str]().union(*[await asyncio.to_thread(drop, cache, gone) for cache in caches])
+                left = [await asyncio.to_thread(drop, one, gone) for one in (self.data.cache, installation.miner_cache)]
+                gone = set[str]().union(*left)
 
     async def _choose_run(self, installation: Installation) -> str:
         """Return the run that an earlier `up` left unfinished, or the id of a new one; with `--new`, cancel the unfinished."""

@@ -84,10 +84,7 @@ class Server:
 
     def start(self, progress: Notify | None = None) -> Self:
         """Start, and return once it really serves. Raises `Invalid` with the last lines of its log when it ends
-        instead, `Retry` when it is not ready within a minute.
-
-        Ports that were picked, and that another program took before this one listened on them, are picked again.
-        """
+        instead, `Retry` when it is not ready within a minute. Ports that another took meanwhile are picked again."""
         assert not self.running, "the server is running already"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,12 +220,8 @@ class NatsServer(Server):
         die_with_parent: bool = True,
     ) -> None:
         super().__init__(data_dir, log_file, die_with_parent=die_with_parent)
-        self.port, self.accounts = port, accounts
-        self._name = ""
-        if port:
-            self._picks = 0
-        else:
-            self._pick()
+        self._asked, self.accounts, self._name = port, accounts, ""
+        self._pick()
 
     @property
     def url(self) -> str:
@@ -239,7 +232,7 @@ class NatsServer(Server):
         return {"clients": self.port}
 
     def _pick(self) -> None:
-        (self.port,) = free_ports(1)
+        self.port = self._asked or free_ports(1)[0]
 
     def _prepare(self) -> list[str]:
         self._name = f"connito-local-{secrets.token_hex(8)}"
