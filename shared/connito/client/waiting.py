@@ -13,6 +13,9 @@ from connito.platform.datadir import DataDir
 from connito.runtime.waiting import REPAIR
 
 _SECONDS = 1.0
+# What a service waits for that is stopped, or has no turn at a core.
+PROCESS = "process"
+_SILENT = f"its process lives and does not answer within {_SECONDS:.0f} s; is it stopped, or the machine overloaded?"
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,15 @@ class Wait:
 
 
 def waits(data: DataDir) -> list[Wait]:
-    """Return what the services here wait for, in the order of their names. One that does not answer is left out."""
+    """Return what the services here wait for, in the order of their names; of one that does not answer, that it does not."""
     found = []
     for name in sorted(data.read_pids()):
         with suppress(OSError, ValueError, KeyError, TypeError, HTTPException):
             port = json.loads((data.root / "ports" / f"{name}.json").read_text())["http"]
-            found += [Wait(name, **row) for row in json.loads(_page(port))]
+            try:
+                found += [Wait(name, **row) for row in json.loads(_page(port))]
+            except TimeoutError:
+                found.append(Wait(name, "answering", "", PROCESS, _SILENT, given_up=False))
     return found
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NoReturn
 
 from connito.client.waiting import Wait, waits
@@ -48,11 +49,14 @@ class Hindered:
     moved: float = field(default_factory=time.monotonic)
 
     def lines(self, found: Sequence[Wait]) -> list[str]:
-        """Return what is to be shown: what was given up, and what waits since the last look."""
-        seen = frozenset(f"{wait.service} {wait.what}" for wait in found)
-        shown = [line(wait) for wait in found if wait.given_up or f"{wait.service} {wait.what}" in self._seen]
-        self._seen = seen
-        return shown
+        """Return what is to be shown: what was given up, and waits since the last look, once for a service and dependency."""
+        shown = {
+            (wait.service, wait.dependency, wait.run, wait.given_up): line(wait)
+            for wait in sorted(found, key=attrgetter("service", "what"), reverse=True)
+            if wait.given_up or f"{wait.service} {wait.what}" in self._seen
+        }
+        self._seen = frozenset(f"{wait.service} {wait.what}" for wait in found)
+        return [*reversed(shown.values())]
 
     def verdict(self, found: Sequence[Wait], now: float, logs: object) -> ConnitoError | None:
         """Return why the run is waited for no longer; None while it is."""

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from connito.cli.status import _text
-from connito.client.waiting import waiting
+from connito.client.waiting import waiting, waits
 from connito.errors import Retry
 from connito.platform.datadir import DataDir
 from connito.runtime.waiting import WAITING
@@ -51,3 +51,17 @@ async def test_one_line_a_run_of_what_is_waited_for(tmp_path: Path) -> None:
     assert "waits-1 waits for disk (1), store (2)" in lines
     assert "the platform waits for broker (1)" in lines
     assert "  committer: RuntimeError: mat1 and mat2 must have the same dtype" in lines
+
+
+def test_one_that_takes_a_question_and_does_not_answer_is_named(tmp_path: Path) -> None:
+    """As a stopped process, whose kernel goes on taking connections."""
+    data = DataDir(tmp_path)
+    data.write_pids({"aggregator": {"pid": os.getpid(), "restarts": 0}})
+    (tmp_path / "ports").mkdir()
+    with socket.socket() as stopped:
+        stopped.bind(("127.0.0.1", 0))
+        stopped.listen()
+        (tmp_path / "ports" / "aggregator.json").write_text(json.dumps({"http": stopped.getsockname()[1]}))
+        (found,) = waits(data)
+    assert str(found).startswith("aggregator waits for process (answering): its process lives and does not answer")
+    assert waits(data) == []

@@ -80,6 +80,20 @@ def test_waits_are_shown_when_they_last_and_what_was_given_up_at_once() -> None:
     assert watched.lines([]) == []
 
 
+def test_one_broker_that_is_away_is_one_line_for_a_service() -> None:
+    watched = Hindered("r", [])
+    found = [
+        Wait(name, f"reading {stream}", "", "broker", f"{stream} is away", given_up=False)
+        for name in ("a", "b")
+        for stream in "CAB"
+    ]
+    assert watched.lines(found) == []
+    assert watched.lines(found) == [
+        "a waits for broker (reading A): A is away",
+        "b waits for broker (reading A): A is away",
+    ]
+
+
 def test_a_line_is_printed_once_while_it_is_true() -> None:
     stream = io.StringIO()
     display = PlainDisplay(stream)

@@ -77,7 +77,7 @@ def test_versions_that_the_gate_refused_in_a_row_are_counted_by_run(roster: Rost
     state, facts = State(roster), RunFacts("gated")
     state.runs["gated"] = facts
 
-    def tell(cycle: int, gate: cycle_pb2.GateDecision) -> float | None:
+    def tell(cycle: int, gate: cycle_pb2.GateDecision.ValueType) -> float | None:
         _add(facts, "train", "opened", cycle_pb2.WindowOpened(run="gated", cycle=cycle), 1_000, cycle=cycle)
         published = cycle_pb2.VersionPublished(run="gated", cycle=cycle, version=cycle, gate=gate)
         _add(facts, "merge", "version", published, 1_000, cycle=cycle)
