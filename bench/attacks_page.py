@@ -124,8 +124,9 @@ text in each cycle, their own text again, or all the same six answers. Each cell
 hand-ins of one base are not independent.
 
 {table(("handed in again", *worlds), lines)}
-Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}. Which text a miner is given follows from the log.
-Honest hand-ins called a copy where somebody else had trained from their text, and committed that first: {framed}.
+Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}. Honest hand-ins called a copy where
+somebody else had trained from their text, and committed that first: {framed}. Nobody can know a miner's text of a cycle ahead
+([ADR 49](../adr/0049-earlier-cycles-are-earlier.md)).
 """
     return _between(page, AGAIN, text)
 

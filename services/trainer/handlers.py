@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from connito.protocol.bans import banned
+from connito.protocol.rules import checked
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import detail_of
@@ -135,6 +136,8 @@ def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> b
     return (
         cycle == facts.cycle
         and facts.selection is not None
+        # What its text is drawn by, which stands in another stream than the opening.
+        and (facts.head(cycle) is not None or not checked(facts))
         and facts.window("commit", cycle).closed is None
         and facts.commitment(cycle, me) is None
         and strategy.may_produce(facts, cycle)

@@ -1,7 +1,8 @@
 """Sequences of a corpus as a run reads them, and each miner's share of them in every cycle.
 
 The training text is gone through in epochs: nothing is given out again before everything was given out once. All of it
-follows from the log, so that anybody can tell which text a miner had.
+follows from the log, so that anybody can tell which text a miner had. Which of a cycle's text is whose follows from the head
+before the cycle, so that nobody can train from it a cycle earlier, to have the miner called a copier.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from connito.data.packing import Rows, pack
 from connito.errors import Invalid
 from connito.protocol import progress
 from connito.protocol.findings import DOCUMENTS_APART
+from connito.protocol.rules import checked
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
@@ -54,7 +56,9 @@ def miner_batches(facts: RunFacts, cycle: int, miner: str, train: Rows, replay: 
         mask, count = _replay_slots(progress.training(facts, earlier), replay), len(miners_of(facts, earlier))
         given = (given[0] + count * int((~mask).sum()), given[1] + count * int(mask.sum()))
     policy = progress.training(facts, cycle)
-    return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, replay, given)
+    head = facts.head(cycle) if checked(facts) else None
+    turn = "" if head is None else head.message.checkpoint
+    return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, replay, given, turn)
 
 
 def batches_of(
@@ -66,6 +70,7 @@ def batches_of(
     train: Rows,
     replay: Rows | None = None,
     given: tuple[int, int] = (0, 0),
+    turn: str = "",
 ) -> Rows:
     """Return `miner_batches` for given miners and policy, after `given` rows of `train` and of `replay` were given out."""
     replayed = _replay_slots(policy, replay)
@@ -73,22 +78,34 @@ def batches_of(
     for kind, rows, slots, before in (("train", train, ~replayed, given[0]), ("replay", replay, replayed, given[1])):
         if rows is not None and slots.any():
             key = (kind, run)
-            chosen[slots] = rows[share_of(len(rows), int(slots.sum()), cycle, miner, miners, before, key)]
+            chosen[slots] = rows[share_of(len(rows), int(slots.sum()), cycle, miner, miners, before, key, turn)]
     return chosen.reshape(policy.local_steps, policy.batch_sequences, train.shape[1])
 
 
 def share_of(
-    count: int, needed: int, cycle: int, miner: str, miners: Sequence[str], before: int, key: tuple[str, ...]
+    count: int,
+    needed: int,
+    cycle: int,
+    miner: str,
+    miners: Sequence[str],
+    before: int,
+    key: tuple[str, ...],
+    turn: str = "",
 ) -> NDArray[np.int64]:
     """Return the numbers, below `count`, of the `needed` rows that a miner reads in a cycle.
 
-    The m miners of a cycle take every m-th of the next m · needed rows in the run's order, which is a new permutation for
-    each epoch; `before` rows were given out in earlier cycles. So miners are apart, unless they need more
-    than there is. A miner that came after the cycle began draws a sample of its own: the others' shares stand already.
+    The m miners of a cycle share the next m · needed rows in the run's order, which is a new permutation for each epoch, in
+    the order that `turn` draws, or else each takes every m-th; `before` rows were given out in earlier cycles. So miners are
+    apart, unless they need more than there is. A miner that came after the cycle began draws a sample of its own: the others'
+    shares stand already.
     """
+    drawn = (turn,) if turn else ()
     if miner not in miners:
-        return np.resize(_permutation(count, "sample", *key, cycle, miner), needed)
-    place = before + sorted(miners).index(miner) + len(miners) * np.arange(needed)
+        return np.resize(_permutation(count, "sample", *key, cycle, miner, *drawn), needed)
+    place = sorted(miners).index(miner) + len(miners) * np.arange(needed)
+    if turn:
+        place = _permutation(len(miners) * needed, "turn", *key, cycle, turn)[place]
+    place = before + place
     epochs, within = np.divmod(place, count)
     chosen = np.empty(needed, np.int64)
     for epoch in np.unique(epochs).tolist():

@@ -5,6 +5,7 @@ import pytest
 from connito.data.corpus import ENDS, WHOLE, Corpus
 from connito.data.packing import ROW
 from connito.errors import Invalid
+from connito.protocol.findings import CHECKED
 from connito.protocol.sequences import batches_of, miner_batches, sequences, share_of
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from hypothesis import given
@@ -43,13 +44,16 @@ def test_an_older_run_cannot_read_a_mask() -> None:
     st.integers(1, 60),
     st.integers(1, 9),
     st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6, unique=True), min_size=1, max_size=8),
+    st.sampled_from(["", "head"]),
 )
-def test_nothing_comes_again_before_everything_came_once(count: int, needed: int, cycles: list[list[str]]) -> None:
+def test_nothing_comes_again_before_everything_came_once(
+    count: int, needed: int, cycles: list[list[str]], turn: str
+) -> None:
     """Whoever comes and goes: over all that was given out, no row is ahead of another by more than one."""
     seen, before = np.zeros(count, int), 0
     for cycle, miners in enumerate(cycles, start=1):
         for miner in miners:
-            np.add.at(seen, share_of(count, needed, cycle, miner, miners, before * needed, ("train", "r")), 1)
+            np.add.at(seen, share_of(count, needed, cycle, miner, miners, before * needed, ("train", "r"), turn), 1)
         before += len(miners)
         assert seen.max() - seen.min() <= 1, (cycle, seen)
 
@@ -70,6 +74,21 @@ def test_a_newcomer_draws_a_sample_of_its_own() -> None:
     late = share_of(100, 20, 1, "UX", MINERS, 0, ("r",)).tolist()
     assert len(set(late)) == 20
     assert late != share_of(100, 20, 2, "UX", MINERS, 0, ("r",)).tolist()
+
+
+def test_nobody_knows_the_text_of_a_cycle_before_its_head() -> None:
+    """Whoever trained from it a cycle earlier, and committed that, had the miner called a copier."""
+
+    def share(head: str, miner: str = "UB") -> list[int]:
+        run = Run(name="r").created(spec(4, 8, 1, version=CHECKED)).selected().miners(*MINERS, "UX")
+        run.say("run", 1, "head", checkpoint=head).opened("train", 1, expected=MINERS)
+        return miner_batches(run.facts, 1, miner, numbered(200))[..., 0].reshape(-1).tolist()
+
+    shares = [set(share("this", miner)) for miner in MINERS]
+    assert len(set.union(*shares)) == 3 * 32, "miners are apart all the same"
+    assert set.union(*shares) == {row for miner in MINERS for row in share("other", miner)}, "and read what is next"
+    for miner, limit in (("UB", 0.6), ("UX", 0.6)):
+        assert len({*share("this", miner)} & {*share("other", miner)}) < limit * 32
 
 
 def test_what_was_given_out_before_follows_from_the_log() -> None:
