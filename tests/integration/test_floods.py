@@ -24,7 +24,7 @@ from connito.platform.servers import NatsServer
 from connito.v1 import cycle_pb2
 from connito.wire.envelope import seal
 from connito.wire.identity import Identity
-from connito.wire.subjects import SECURITY_ROOT, ingress
+from connito.wire.subjects import SECURITY_ROOT, fact, ingress
 
 from tests.integration.test_committer import (
     MakeMiner,
@@ -121,8 +121,10 @@ async def accepted(miner: Miner, run: str, process: psutil.Process) -> tuple[flo
 
 @pytest.mark.parametrize("make", [no_signature, no_run, over_quota, no_cycle, garbage])
 async def test_an_honest_commitment_is_answered_in_time(
-    stage: Stage, start: Start, make_miner: MakeMiner, make: Make
+    stage: Stage, start: Start, make_miner: MakeMiner, identities: dict[str, Identity], make: Make
 ) -> None:
+    """By a committer that shuts nobody out: it has no pass for that."""
+    identities["committer"] = identities["committer"].with_passes(identities["committer"].passes[:1])
     service = start("a")
     await service.ready()
     assert service.process is not None
@@ -140,6 +142,84 @@ async def test_an_honest_commitment_is_answered_in_time(
     print(f"{make.__name__}: stored and answered after (of work) {shown} ms; {1000 * each:.2f} ms a message")
     # In the committer's own time: how many others share this machine must not count.
     assert each < 0.0006, "a thousand a second leave room for others"
+    assert max(worked for _, _, worked in answered) < 1.0
+
+
+def said(subject: str, body: bytes, reply: str = "") -> bytes:
+    """A message on the wire."""
+    return f"PUB {subject} {reply} {len(body)}\r\n".encode() + body + b"\r\n"
+
+
+def ordered(key: Identity, server: NatsServer, data: list[bytes], lines: int, *, reads: bool) -> dict[str, Any]:
+    """What the flooding program is told: over connections that read, or that speak."""
+    return {
+        "seed": key.seed, "token": key.passes[-1 if reads else 0], "port": server.port, "lines": lines, "rate": RATE,
+        "seconds": 2 * SECONDS, "data": [base64.b64encode(one).decode() for one in data],
+    }  # fmt: skip
+
+
+async def let_loose(orders: dict[str, Any]) -> asyncio.subprocess.Process:
+    program = (sys.executable, "-m", "tests.support.flooding")
+    flooding = await asyncio.create_subprocess_exec(
+        *program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert flooding.stdin is not None
+    flooding.stdin.write(json.dumps(orders).encode())
+    flooding.stdin.close()
+    return flooding
+
+
+async def shut_out(server: NatsServer, identities: dict[str, Identity], key: str) -> None:
+    """Wait until the committer tells that a key is shut out: the broker closes who reads too slowly, too."""
+    subject = f"{SECURITY_ROOT}.shut_out.{identities['committer'].public}"
+    async with (
+        await Bus.connect(server.url, identities["operator"], "operator") as operator,
+        asyncio.timeout(PATIENCE),
+        aclosing(operator.follow(["ADVISORIES"])) as told,
+    ):
+        async for item in told:
+            if not isinstance(item, CaughtUp) and item.subject == subject and key.encode() in item.data:
+                return
+
+
+def as_miner(key: str, number: int) -> str:
+    return ingress("nosuch", key, "commitment")
+
+
+def as_validator(key: str, number: int) -> str:
+    return fact(f"nosuch-{number}", "run", number, "cosigned", key)
+
+
+def telling(key: str, number: int) -> str:
+    return f"{SECURITY_ROOT}.denied.{key}"
+
+
+@pytest.mark.parametrize(
+    ("role", "subject"), [("miner", as_miner), ("validator", as_validator), ("validator", telling)]
+)
+async def test_who_speaks_without_end_is_shut_out(
+    stage: Stage, start: Start, make_miner: MakeMiner, own_nats: NatsServer, identities: dict[str, Identity],
+    role: str, subject: Callable[[str, int], str],
+) -> None:  # fmt: skip
+    """A thousand messages a second, of 4 KiB: the broker writes each to its disk, and others wait for that."""
+    service = start("a")
+    await service.ready()
+    assert service.process is not None
+    process = psutil.Process(service.process.pid)
+    miner, *honest = [await make_miner() for _ in range(4)]
+    loud = miner.identity if role == "miner" else identities[role]
+    await stage.begin(*honest)
+    await stage.to_commit(1)
+    data = [said(subject(loud.public, number), bytes(4000)) for number in range(1, RATE)]
+    flooding = await let_loose(ordered(loud, own_nats, data, lines=2, reads=False))
+    await asyncio.sleep(SECONDS / 2)
+    answered = [await asyncio.wait_for(accepted(one, stage.run, process), PATIENCE) for one in honest]
+    out, _ = await flooding.communicate()
+    did = json.loads(out)
+    shown = ", ".join(f"{1000 * stored:.0f} + {1000 * judged:.0f}" for stored, judged, _ in answered)
+    print(f"{subject.__name__}: stored and answered after {shown} ms; {did}")
+    await shut_out(own_nats, identities, loud.public)
+    assert did["closed"] > 0
     assert max(worked for _, _, worked in answered) < 1.0
 
 
@@ -172,19 +252,10 @@ async def test_who_asks_without_end_is_what_nobody_waits_for(
     await stage.begin(loud, *honest)
     await stage.to_commit(1)
     body = json.dumps(question(loud.key), separators=(",", ":")).encode()
-    asked = f"PUB {ASKED}.INGRESS.{loud.key} {ANSWERED}.{loud.key}.a {len(body)}\r\n".encode() + body + b"\r\n"
-    orders: dict[str, Any] = {
-        "seed": loud.identity.seed, "token": loud.identity.passes[-1], "port": own_nats.port, "lines": 15,
-        "rate": RATE, "seconds": 2 * SECONDS, "data": [base64.b64encode(asked).decode()],
-    }  # fmt: skip
+    data = said(f"{ASKED}.INGRESS.{loud.key}", body, f"{ANSWERED}.{loud.key}.a")
+    orders = ordered(loud.identity, own_nats, [data], lines=15, reads=True)
     before = server.memory_info().rss
-    program = (sys.executable, "-m", "tests.support.flooding")
-    flooding = await asyncio.create_subprocess_exec(
-        *program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    assert flooding.stdin is not None
-    flooding.stdin.write(json.dumps(orders).encode())
-    flooding.stdin.close()
+    flooding = await let_loose(orders)
     await asyncio.sleep(SECONDS / 2)
     answered = [await asyncio.wait_for(accepted(miner, stage.run, process), PATIENCE) for miner in honest]
     grown = server.memory_info().rss - before
@@ -193,19 +264,7 @@ async def test_who_asks_without_end_is_what_nobody_waits_for(
     shown = ", ".join(f"{1000 * stored:.0f} + {1000 * judged:.0f}" for stored, judged, _ in answered)
     print(f"{question.__name__}: stored and answered after {shown} ms; {did}; the broker grew by {grown / 1e6:.0f} MB")
     assert did["sent"] > RATE, "it was a flood"
-    # The server closes whoever reads too slowly, too: that it was shut out is what the committer says.
-    async with (
-        await Bus.connect(own_nats.url, identities["operator"], "operator") as operator,
-        asyncio.timeout(PATIENCE),
-        aclosing(operator.follow(["ADVISORIES"])) as told,
-    ):
-        async for item in told:
-            if (
-                not isinstance(item, CaughtUp)
-                and item.subject == f"{SECURITY_ROOT}.shut_out.{identities['committer'].public}"
-            ):
-                assert loud.key.encode() in item.data
-                break
+    await shut_out(own_nats, identities, loud.key)
     assert did["closed"] > 0
     # Each connection hears each answer.
     assert did["read"] < (BURST + 2 * SECONDS * PER_SECOND) * BATCH_BYTES / 2 * orders["lines"]

@@ -2,7 +2,8 @@
 
 The broker answers whatever it is asked: any number of stored messages, through any filter, as often as somebody asks. Here a
 question has one of two forms, a batch no more than readers of ours take, and a key so many a second. What passes is handed on,
-and the broker answers whoever asked: nothing that was stored comes through here.
+and the broker answers whoever asked: nothing that was stored comes through here. What strangers say is counted too, before
+the broker has stored it: who floods is shut out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -20,7 +22,7 @@ from connito.bus.connection import Connection, speaking
 from connito.bus.follow import BATCH, BATCH_BYTES
 from connito.bus.guard import Loud
 from connito.bus.offences import report
-from connito.bus.permissions import ANSWERED, ASKED, READ_STREAMS
+from connito.bus.permissions import ANSWERED, ASKED, READ_STREAMS, SAID
 from connito.bus.streams import STREAMS
 from connito.errors import Invalid
 from connito.runtime.limits import RateLimit
@@ -62,6 +64,8 @@ class Desk:
             try:
                 await self._connection.open()
                 await self._connection.nc.subscribe(f"{ASKED}.*.*", queue="desk", cb=self._on_question)
+                for subject, place in SAID.items():
+                    await self._connection.nc.subscribe(subject, cb=partial(self._on_said, place))
                 await self._connection.nc.flush()
                 self.open.set()
                 while not self._connection.nc.is_closed:  # noqa: ASYNC110 - the library tells nobody
@@ -95,6 +99,9 @@ class Desk:
         else:
             self._refuse(key, f"more questions than {PER_SECOND:.0f} a second")
         return None
+
+    async def _on_said(self, place: int, msg: Any) -> None:
+        self._loud.note(msg.subject.split(".")[place], self._rate.clock())
 
     def _ahead(self, key: str, question: Question) -> float:
         """Return how long a question has to wait, 0 where it is the key's turn, which it takes then."""

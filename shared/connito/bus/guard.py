@@ -39,7 +39,7 @@ AGAIN_SECONDS = 1.0
 TOO_MUCH, TOLERATED = 400, 100.0
 OUT_SECONDS = 60.0
 LIE = "a connection that says to be another key than its pass is for; it is closed"
-LOUD = f"asks without end; what it opens is closed for {OUT_SECONDS:.0f} seconds"
+LOUD = f"asks or speaks without end; what it opens is closed for {OUT_SECONDS:.0f} seconds"
 
 
 class Loud:

@@ -16,6 +16,11 @@ from connito.wire.fact import Record
 
 log = get_logger("offences")
 
+# What a validator may report; services may report more.
+KINDS = (
+    *("bad_signature", "not_permitted", "banned_key", "quota", "malformed", "denied", "certificate", "false_claim"),
+    *("wrong_draw", "wrong_settlement", "squatted_subject", "unexpected_duplicate"),
+)
 # Beyond so many different (kind, key) at once, only the counters go on.
 MAX_WAITING = 256
 

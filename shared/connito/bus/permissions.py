@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from connito.bus.offences import KINDS
 from connito.bus.streams import DURABLES, ENDPOINTS, FACT_STREAMS, LEASES, STREAMS, SUSPECTS, live
 from connito.wire.parts import MAX_FACT_BYTES
 from connito.wire.subjects import DLQ_ROOT, ROOT, SECURITY_ROOT, inbox_prefix
@@ -96,7 +97,7 @@ def permissions(role: str, key: str) -> Permissions:
     if durables:
         # A dead letter that was written before a crash is read back, to see that it stands.
         publish += [f"{DLQ_ROOT}.>", *_reading(["DLQ"])]
-    asked = (f"{ASKED}.*.*",) if role in GUARDS else ()
+    asked = (f"{ASKED}.*.*", f"{ROOT}.>", f"{SECURITY_ROOT}.>") if role in GUARDS else ()
     return Permissions(tuple(publish), (*asked, *_hearing(streams, key)))
 
 
@@ -164,7 +165,13 @@ def _durable(name: str) -> Iterable[str]:
 
 
 _MINER_SAYS = [f"{ROOT}.*.ingress.{SELF}.{kind}" for kind in INGRESS]
-_VALIDATOR_SAYS = [*_facts("validator", SELF), *_facts(ANY, SELF), f"{SECURITY_ROOT}.*.{SELF}"]
+_VALIDATOR_SAYS = [
+    *_facts("validator", SELF),
+    *_facts(ANY, SELF),
+    *(f"{SECURITY_ROOT}.{kind}.{SELF}" for kind in KINDS),
+]
+# What strangers say, and the place of their key in the subject.
+SAID = {said.replace(SELF, "*"): said.split(".").index(SELF) for said in (*_MINER_SAYS, *_VALIDATOR_SAYS)}
 
 ACCOUNTS: dict[str, Account] = {
     account.name: account

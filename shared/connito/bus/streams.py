@@ -84,7 +84,8 @@ STREAMS: dict[str, Stream] = {
             "ADVISORIES",
             f"{SECURITY_ROOT}.>",
             append_only=False,
-            max_per_subject=10_000,
+            max_message_bytes=1 << 12,
+            max_per_subject=1_000,
             beside=("$JS.EVENT.ADVISORY.CONSUMER.>",),
         ),
     )

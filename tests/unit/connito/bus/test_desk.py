@@ -132,6 +132,14 @@ async def test_a_key_has_its_rate_and_others_have_theirs() -> None:
     assert counter.client.asked[-1][2].startswith(f"{ANSWERED}.{OTHER}.")
 
 
+async def test_what_is_said_without_end_is_told_of_too() -> None:
+    counter = Counter()
+    for number in range(TOO_MUCH):
+        run = OTHER if number % 2 else "r"
+        await counter.desk._on_said(6, SimpleNamespace(subject=f"connito.v1.{run}.run.{number}.cosigned.{KEY}"))
+    assert counter.out == [KEY], "whatever it calls its runs"
+
+
 async def test_who_is_ahead_of_its_rate_waits_for_its_turn() -> None:
     counter, burst = Counter(), int(BURST)
     for number in range(burst + 10):

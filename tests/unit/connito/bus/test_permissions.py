@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-from connito.bus import streams
-from connito.bus.permissions import ACCOUNTS, ANSWERED, ASKED, PLATFORM, SELF, Permissions, accounts_of, permissions
+from connito.bus import offences, streams
+from connito.bus.permissions import (
+    ACCOUNTS,
+    ANSWERED,
+    ASKED,
+    PLATFORM,
+    SAID,
+    SELF,
+    Permissions,
+    accounts_of,
+    permissions,
+)
+from connito.v1 import reasons_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import OPERATOR, ROLES
 from connito.wire.verification import ANY, CATALOGUE, INGRESS, WORKERS
@@ -130,7 +144,8 @@ def test_nobody_reaches_into_the_work_queue_of_another_service(role: str, durabl
 
 @pytest.mark.parametrize("role", [*ROLES, "miner"])
 def test_everybody_hears_only_its_own_replies_and_hints(role: str) -> None:
-    own = {f"_INBOX.{KEY}.>", f"{ANSWERED}.{KEY}.>"} | ({f"{ASKED}.*.*"} if role == "committer" else set())
+    counted = {f"{ASKED}.*.*", "connito.v1.>", "connito.security.v1.>"} if role == "committer" else set()
+    own = {f"_INBOX.{KEY}.>", f"{ANSWERED}.{KEY}.>"} | counted
     for rights in granted(role):
         assert all(subject in own or subject.startswith("live.") for subject in rights.subscribe)
 
@@ -148,6 +163,24 @@ def test_services_and_validators_report_offences_under_their_own_key_and_nobody_
     reports = role not in ("miner", "customer")
     assert may_publish(role, f"connito.security.v1.denied.{KEY}") == reports
     assert not may_publish(role, f"connito.security.v1.denied.{OTHER}")
+    assert may_publish(role, f"connito.security.v1.made-up.{KEY}") == (reports and role != "validator")
+
+
+def test_what_a_validators_program_reports_it_may() -> None:
+    """A kind that it may not ends its reports."""
+    root, counts = Path(offences.__file__).parents[2], {"questions", "connections", "shut_out"}
+    sources = [path.read_text() for path in (root / "connito").rglob("*.py") if "/v1/" not in str(path)]
+    sources += [path.read_text() for path in (root.parent / "services" / "validator").glob("*.py")]
+    found = {kind for text in sources for kind in re.findall(r"\breport\(\s*\"(\w+)\"", text)}
+    assert {"denied", "wrong_draw", "false_claim"} <= found
+    assert found - counts | {offences.kind_of(reason) for reason in reasons_pb2.Reason.values()} <= {*offences.KINDS}
+
+
+def test_where_the_key_stands_in_what_strangers_say() -> None:
+    for subject, place in SAID.items():
+        said = [KEY if at == place else "x" if part == "*" else part for at, part in enumerate(subject.split("."))]
+        assert any(may_publish(role, ".".join(said)) for role in ("miner", "validator")), subject
+        assert not any(may_publish(role, ".".join(said).replace(KEY, OTHER)) for role in ("miner", "validator"))
 
 
 @pytest.mark.parametrize("role", [*SERVICES, *STRANGERS])
