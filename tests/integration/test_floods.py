@@ -211,8 +211,8 @@ async def test_who_speaks_without_end_is_shut_out(
     await stage.begin(*honest)
     await stage.to_commit(1)
     data = [said(subject(loud.public, number), bytes(4000)) for number in range(1, RATE)]
-    flooding = await let_loose(ordered(loud, own_nats, data, lines=2, reads=False))
-    await asyncio.sleep(SECONDS / 2)
+    orders = ordered(loud, own_nats, data, lines=2, reads=False) | {"seconds": PATIENCE, "once": True}
+    flooding = await let_loose(orders)
     answered = [await asyncio.wait_for(accepted(one, stage.run, process), PATIENCE) for one in honest]
     out, _ = await flooding.communicate()
     did = json.loads(out)

@@ -50,14 +50,16 @@ class Line:
 
 
 def flood(said: dict[str, Any]) -> dict[str, int]:
-    """Send `data` (each a message on the wire) over `lines` connections, `rate` a second together, for so many seconds."""
+    """Send `data` (each a message on the wire) over `lines` connections, `rate` a second together, for so many seconds; `once`:
+    until one is closed.
+    """
     key, ends = Identity.from_seed(said["seed"]), time.monotonic() + said["seconds"]
     data = [base64.b64decode(one) for one in said["data"]]
     lines: list[Line] = []
     sent = opened = closed = 0
     began, at = time.monotonic(), 0
     refused_until = 0.0
-    while (now := time.monotonic()) < ends:
+    while (now := time.monotonic()) < ends and not (said.get("once") and closed):
         while len(lines) < said["lines"] and now >= refused_until:
             try:
                 lines.append(Line(said["port"], key, said["token"], said.get("deaf", False)))
