@@ -63,19 +63,26 @@ def read(evidence: Evidence) -> History:
 
 
 def _missing(evidence: Evidence) -> Iterator[Difference]:
-    """Yield heads that have to be there by what lies behind them."""
+    """Yield heads that have to be there by what lies behind them. A few can say that they cosigned one that never was."""
     facts = evidence.facts
-    known = {key.cycle for key in facts.facts if key.section == "run" and key.kind in ("head", "cosigned")}
-    for number in range(1, max([facts.cycle, *known]) + 1):
+    known = {(key.kind, key.cycle) for key in facts.facts if key.section == "run"}
+    cosigned = {number for kind, number in known if kind == "cosigned"}
+    believed = {number for number in cosigned if 2 * len(facts.cosigned(number)) > len(facts.joined)}
+    last = max([facts.cycle, *believed, *(number for kind, number in known if kind == "head")])
+    for number in range(1, last + 1):
         if facts.head(number) is None:
             yield Difference("heads", f"run.{number}.head", "is not in the log, but what follows it is")
+    for number in sorted(number for number in cosigned if number > last):
+        for key in facts.cosigned(number):
+            where = f"run.{number}.cosigned.{key}"
+            yield Difference("heads", where, "is of a head that the log does not hold", by=f"validator {key}")
 
 
 def _cosignatures(evidence: Evidence, number: int, checkpoint: Checkpoint) -> Iterator[Difference]:
-    """Yield cosignatures that are not of this head: the operator's doing when most of them are not, else their authors'."""
+    """Yield cosignatures that are not of this head: the operator's doing when most validators say so, else their authors'."""
     signatures = {key: fact.message.signature for key, fact in evidence.facts.cosigned(number).items()}
     others = [key for key, line in signatures.items() if not cosigned_at(checkpoint, key, line)]
-    if 2 * len(others) > len(signatures) and len(signatures) > 1:
+    if 2 * len(others) > len(evidence.facts.joined) > 1:
         yield Difference("heads", f"run.{number}.head", f"{len(others)} validators cosigned another one")
         return
     for key in others:

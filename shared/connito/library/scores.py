@@ -44,7 +44,8 @@ def unscored_for(facts: RunFacts) -> str:
 
 def _notice(facts: RunFacts) -> Fact[RunPaused] | None:
     notices = facts.many(RunPaused, "run", 0, "paused").values()
-    found = [fact for fact in notices if fact.message.action == benchmark_key(facts.run)]
+    told = [fact for fact in notices if fact.message.service in ("aggregator", "library")]
+    found = [fact for fact in told if fact.message.action == benchmark_key(facts.run)]
     return min(found, key=lambda fact: fact.time_unix_ms, default=None)
 
 

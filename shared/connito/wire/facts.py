@@ -78,7 +78,8 @@ class RunFacts(FactSet):
         """
         found = [fact.message for fact in self.many(run_pb2.RunPaused, "run", 0, "paused").values()]
         if self.ended is not None:
-            return [message for message in found if message.action == "deposit" and not self.deposits]
+            left = [message for message in found if (message.service, message.action) == ("library", "deposit")]
+            return [] if self.deposits else left
         return [message for message in found if message.in_cycle == self.cycle]
 
     @property

@@ -123,6 +123,13 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
     message: Message = opened.read(message_type)
     if role in OWN:
         check_bounds(message)
+    if isinstance(message, run_pb2.RunPaused) and not roster.permitted(
+        message.service, opened.signer, record.time_unix_ms
+    ):
+        raise Invalid(
+            f"{short_key(opened.signer)} speaks for another service than its own",
+            reason=reasons_pb2.REASON_NOT_PERMITTED,
+        )
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")

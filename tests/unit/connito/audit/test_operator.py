@@ -7,20 +7,23 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from connito.audit import recompute
+from connito.audit import heads, recompute
 from connito.audit.artifacts import Artifacts
 from connito.audit.audit import Audit, Options, audit
 from connito.data.tensors import read_tensors
 from connito.protocol import rules
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
-from connito.v1 import cycle_pb2, reasons_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION
+from connito.wire.checkpoint import Checkpoint
 
+from tests.support.run import Run
 from tests.unit.connito.audit.world import MINERS, RUN, TENSOR, VALIDATORS, WORK, Cycle, World, state, tell
 
 QUICK = Options(model=False, tolerance=0.0)
@@ -258,6 +261,34 @@ async def test_what_a_validator_lies_about_is_its_own_doing(
     found = await look(tell(tmp_path, story=story), tmp_path)
     assert found.differences
     assert found.blame == [f"validator {VALIDATORS['3']}"]
+
+
+class Ghost(Cycle):
+    """The third validator cosigns a head that never was."""
+
+    def train(self) -> None:
+        super().train()
+        if self.number == 1:
+            key = VALIDATORS["3"]
+            message = run_pb2.HeadCosigned(run=RUN, cycle=9, validator=key, signature="nonsense")
+            self.world.publish("run", 9, "cosigned", message, key, key)
+
+
+async def test_who_cosigns_a_head_that_never_was_does_not_frame_the_operator(tmp_path: Path) -> None:
+    found = await look(tell(tmp_path, story=Ghost), tmp_path)
+    assert found.blame == [f"validator {VALIDATORS['3']}"]
+
+
+@pytest.mark.parametrize(("liars", "blamed"), [(1, "validator"), (2, "validator"), (3, "operator")])
+def test_two_histories_are_what_most_validators_say(liars: int, blamed: str) -> None:
+    """Not most of those who cosigned this head: others may have skipped it for the next."""
+    keys = [*VALIDATORS.values(), MINERS["A"], MINERS["B"]]
+    story = Run(name=RUN).created(protocol_version=3).validators(*keys)
+    for key in keys[:liars]:
+        story.say("run", 1, "cosigned", validator=key, signature="nonsense")
+    evidence: Any = SimpleNamespace(facts=story.facts)
+    found = list(heads._cosignatures(evidence, 1, Checkpoint("log", 1, bytes(32))))
+    assert {difference.by.split()[0] for difference in found} == {blamed}
 
 
 class Garbage(Cycle):

@@ -131,6 +131,9 @@ def test_a_record_says_that_nobody_could_score(pairs: Pairs, rebuild: Rebuild) -
     record = build_record(rebuild([*pairs, (FactKey("run", 0, "paused", "UG"), notice)]), "e" * 64, 1, 1)
 
     assert record["unscored"] == {"quiz": "no room"}
+    notice.service = "validator"
+    record = build_record(rebuild([*pairs, (FactKey("run", 0, "paused", "UG"), notice)]), "e" * 64, 1, 1)
+    assert "unscored" not in record, "who does not score says nothing of scores"
 
 
 def test_the_first_word_on_scores_holds(pairs: Pairs, rebuild: Rebuild) -> None:

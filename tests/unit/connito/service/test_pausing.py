@@ -251,12 +251,28 @@ def test_only_who_works_on_runs_says_that_it_left_one() -> None:
                 log.apply(record)
 
 
+def test_nobody_says_that_another_service_left_a_run() -> None:
+    """One validator could tell a customer that the coordinator had failed, and that nobody would score the expert."""
+    key = Identity.generate()
+    log = Log(Roster(ROSTER.keys | {"validator": frozenset({key.public})}))
+    log.apply(created(BAD, 1))
+    for service in ("coordinator", "aggregator", "library", "", "validator"):
+        subject = fact(BAD, "run", 0, "paused", key.public)
+        message = run_pb2.RunPaused(run=BAD, key=key.public, service=service)
+        record = Record("RUNS", 3, subject, seal(key, subject, message).SerializeToString(), 1)
+        if service == "validator":
+            assert log.apply(record) is not None
+        else:
+            with pytest.raises(Invalid, match="another service"):
+                log.apply(record)
+
+
 async def test_a_service_keeps_nothing_of_runs_that_do_not_exist() -> None:
     """Though it has read it: who waits for the end of a stream waits for no ghost."""
     ghosts = []
     for number in range(2, 30):
         subject = fact(f"ghost-{number}", "run", 0, "paused", COORDINATOR.public)
-        left = run_pb2.RunPaused(run=f"ghost-{number}", key=COORDINATOR.public)
+        left = run_pb2.RunPaused(run=f"ghost-{number}", key=COORDINATOR.public, service="coordinator")
         ghosts.append(Record("RUNS", number, subject, seal(COORDINATOR, subject, left).SerializeToString(), 0))
     acts, log = Acts(RuntimeError(), "nowhere"), PositionedLog(ROSTER, patience_s=5.0)
     bus = Broker([created(GOOD, 1), *ghosts])
