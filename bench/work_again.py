@@ -4,9 +4,9 @@ Six honest miners really train three cycles on a tiny base, each from the mean o
 hands in work of an earlier one, in each of the forms below, and so does the miner whose it was. All are judged by the rule of
 runs (`handed_in_again`) against all works of the cycles before.
 
-`framed`: somebody who knew which text a miner is given next, which the head before a cycle draws, trained from it a cycle earlier, and
-handed that in, so that the honest miner's work of now be called a copy. `framed now`: somebody trains from it in the same cycle, in another
-order, and commits first; judged by `own_work`.
+`framed`: somebody who knew which text a miner is given next, which the head before a cycle draws, trained from it a
+cycle earlier, and handed that in, so that the honest miner's work of now be called a copy. `framed now`: somebody trains
+from it in the same cycle, in another order, and commits first; judged by `own_work`.
 
 fresh text   everybody has other text of its domain in each cycle; miners of two domains
 own text     everybody reads its own text again in each cycle
