@@ -247,8 +247,8 @@ async def test_who_asks_without_end_is_what_nobody_waits_for(
     loud, *honest = [await make_miner() for _ in range(4)]
     async with await Bus.connect(own_nats.url, identities["operator"], "operator") as operator:
         for some in range(0, 3000, 300):
-            said = (f"connito.v1.other.ingress.{'U' * 55}{at % 9}.trained" for at in range(some, some + 300))
-            await asyncio.gather(*(operator.js.publish(subject, bytes(3000), timeout=60) for subject in said))
+            stored = (f"connito.v1.other.ingress.{'U' * 55}{at % 9}.trained" for at in range(some, some + 300))
+            await asyncio.gather(*(operator.js.publish(subject, bytes(3000), timeout=60) for subject in stored))
     await stage.begin(loud, *honest)
     await stage.to_commit(1)
     body = json.dumps(question(loud.key), separators=(",", ":")).encode()
