@@ -211,7 +211,11 @@ class Arena:
         write_targets(self._training_model, load_state(state))
         policy = self.spec.training
         return train_local(
-            self._training_model, batches, learning_rate=rate * policy.learning_rate, weight_decay=policy.weight_decay
+            self._training_model,
+            batches,
+            learning_rate=rate * policy.learning_rate,
+            weight_decay=policy.weight_decay,
+            inner=policy.optimizer,
         )[0]
 
     def sabotage(self, state: Path, good: Tokens, harmed: Tokens, rate: float = 4e-3, ceiling: float = 8.0) -> State:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
+from connito.protocol.policy.choices import ADAMW, INNER_OPTIMIZERS, MUON
 from connito.protocol.scoring import payout
 from connito.protocol.scoring.copies import CopyEvidence
 from connito.protocol.scoring.evaluation import Evaluation, score
@@ -50,6 +51,8 @@ DISTINCT = {"same text": 32, "few answers": 6}
 NICHE, ALONE = 1, "honest, alone in its domain"
 CALIBRATED_ON, MEASURED_ON = ("recipes", "logs"), ("poems", "ledgers")
 EMISSION = 1_000_000
+# Of the learning rate of the tiny profile; Muon's is that of `bench.decentralised`.
+RATES = {ADAMW: 1.0, MUON: 4.0}
 # Of the tiny base's pseudo-gradients, more than any company needs.
 NUMBERS = 1 << 16
 
@@ -59,6 +62,14 @@ class Ground(Arena):
     """An arena whose target and text are of chosen domains; `world` is one of this module's."""
 
     target_domains: tuple[str, ...] = MEASURED_ON
+    optimizer: str = ADAMW
+
+    def policy(self) -> run_pb2.RunSpec:
+        """Return the arena's policy, with this optimiser at its rate."""
+        spec = super().policy()
+        spec.training.optimizer = self.optimizer
+        spec.training.learning_rate *= RATES[self.optimizer]
+        return spec
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -117,13 +128,20 @@ class Trial:
 
 
 def build(
-    seed: int, world: str, steps: int, source: Path, folder: Path, domains: tuple[str, ...], kinds: Mapping[str, Make]
+    seed: int,
+    world: str,
+    steps: int,
+    source: Path,
+    folder: Path,
+    domains: tuple[str, ...],
+    kinds: Mapping[str, Make],
+    optimizer: str = ADAMW,
 ) -> Pool:
     """Train and score one pool."""
     from connito.moe.state import load_state, save_state
 
     folder.mkdir(parents=True, exist_ok=True)
-    ground = Ground(Rig(seed, source), world, folder, target_domains=domains)
+    ground = Ground(Rig(seed, source), world, folder, target_domains=domains, optimizer=optimizer)
     rng, standing = np.random.default_rng([seed, WORLDS.index(world), steps]), ground.start()
     theta, places = load_state(standing.state), itertools.count(MINERS)
     honest = [ground.train(standing.state, ground.text(miner, steps, rng)) for miner in range(MINERS)]
@@ -256,13 +274,16 @@ def _build(options: argparse.Namespace) -> None:
     kinds = {} if options.honest else {**COPIES, **PARTLY}
     first, _, last = options.seeds.partition(":")
     for seed, steps, world in itertools.product(range(int(first), int(last)), STEPS, WORLDS):
-        kept = options.out / f"pool-{domains[0]}-{seed}-{world.replace(' ', '-')}-{steps}.pickle"
+        name = f"pool-{domains[0]}-{seed}-{world.replace(' ', '-')}-{steps}"
+        kept = options.out / options.optimizer / f"{name}.pickle"
         if kept.exists() or time.monotonic() > end:
             continue
         note(f"base {seed}, {world}, {steps} steps")
         source = options.out / f"plain-{seed}"
         source = source if source.exists() else base(options.out, seed)
-        kept.write_bytes(pickle.dumps(build(seed, world, steps, source, options.out / kept.stem, domains, kinds)))
+        kept.write_bytes(
+            pickle.dumps(build(seed, world, steps, source, kept.parent / name, domains, kinds, options.optimizer))
+        )
 
 
 def main() -> None:
@@ -277,13 +298,18 @@ def main() -> None:
         "--honest", action="store_true", help="pools of honest work alone, which take a tenth of the time"
     )
     parser.add_argument("--calibration", action="store_true", help="the domains that the limits were found on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of pools and of the result")
+    parser.add_argument("--optimizer", choices=INNER_OPTIMIZERS, default=ADAMW, help="whose local steps miners take")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of pools and of the result, one below for each optimizer"
+    )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / options.optimizer).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     policy = profile(UpOptions(base="tiny").checked()).spec.scoring
     _build(options)
-    pools = [pickle.loads(path.read_bytes()) for path in sorted(options.out.glob("pool-*.pickle"))]
+    pools = [
+        pickle.loads(path.read_bytes()) for path in sorted((options.out / options.optimizer).glob("pool-*.pickle"))
+    ]
     rows = rates([trial for pool in pools for trial in trials(pool, policy)])
     settings = {
         "pools": len(pools),
@@ -291,9 +317,10 @@ def main() -> None:
         "steps": list(STEPS),
         "domains": list(CALIBRATED_ON if options.calibration else MEASURED_ON),
         "company": list(COMPANY),
+        "optimizer": options.optimizer,
     }
     document = {"machine": machine(), "settings": settings, "rows": rows}
-    (options.out / "work_rates.json").write_text(json.dumps(document, indent=1))
+    (options.out / options.optimizer / "work_rates.json").write_text(json.dumps(document, indent=1))
     note(f"{len(pools)} pools, {sum(row['hand_ins'] for row in rows)} hand-ins judged")
 
 
