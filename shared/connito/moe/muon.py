@@ -19,7 +19,8 @@ import torch
 from connito.moe.adamw import AdamW
 from connito.moe.moments import BLOCK, Moment
 
-# Of x ↦ ax + b(xxᵀ)x + c(xxᵀ)²x, five times: what is small grows fastest that way.
+# Of x ↦ px with p = a + bxxᵀ + c(xxᵀ)², five times: what is small grows fastest that way. All the p commute with xxᵀ, so the
+# iterations are those of xxᵀ ↦ p xxᵀ p, a matrix as small as x's shorter side, and x is multiplied once, by their product.
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 RMS, MOMENTUM = 0.2, 0.9
 
@@ -56,10 +57,13 @@ class Muon(AdamW):
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Return matrices [n, a, b] with the singular vectors of the given ones and singular values of about 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x: torch.Tensor = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    x: torch.Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT
+    taken = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        taken = factor @ taken
+        gram = factor @ (gram @ factor)
+    return x @ taken if tall else taken @ x

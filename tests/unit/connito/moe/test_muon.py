@@ -9,7 +9,7 @@ import pytest
 import torch
 from connito.moe.adamw import AdamW
 from connito.moe.moments import Moments
-from connito.moe.muon import MOMENTUM, Muon, orthogonal
+from connito.moe.muon import ITERATIONS, MOMENTUM, NEWTON_SCHULZ, Muon, orthogonal
 from connito.moe.resident import compress, target_parameters, write_targets
 from connito.moe.training import train_local
 
@@ -63,6 +63,22 @@ def test_singular_values_become_alike_and_directions_stay() -> None:
     turned = u.mT @ orthogonal(given) @ v.mT
     assert torch.allclose(turned, torch.diag_embed(torch.diagonal(turned, dim1=-2, dim2=-1)), atol=1e-3)
     assert not orthogonal(torch.zeros(1, 3, 5)).any()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 24])
+@pytest.mark.parametrize("shape", [(24, 40), (96, 24), (24, 24)])
+def test_it_is_the_iteration_of_the_whole_matrix(rank: int, shape: tuple[int, int]) -> None:
+    """Few tokens make a gradient of few directions, whose other singular values are rounding."""
+    draw = torch.Generator().manual_seed(rank)
+    given = torch.randn(shape[0], rank, generator=draw) @ torch.randn(rank, shape[1], generator=draw) * 1e-5
+    whole = given.double() / given.double().norm()
+    for _ in range(ITERATIONS):
+        gram = whole @ whole.mT
+        whole = sum(
+            factor * part
+            for factor, part in zip(NEWTON_SCHULZ, (whole, gram @ whole, gram @ gram @ whole), strict=True)
+        )
+    assert (orthogonal(given[None])[0] - whole).norm() < 1e-3 * whole.norm()
 
 
 def test_vectors_take_adamws_step() -> None:
