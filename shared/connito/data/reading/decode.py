@@ -43,6 +43,11 @@ def wide(head: bytes) -> str:
         low = min(zeros[place] for place in range(4) if place not in high)
         if all(zeros[place] > 0.98 for place in high) and low < 0.5 and _decodes(whole, name):
             return name
+    bare = whole.replace(b"\0", b"")
+    if len(bare) > 0.75 * len(whole) and not _CONTROL.search(bare) and _decodes(bare[: bare.rfind(b"\n") + 1], "utf-8"):
+        return (
+            ""  # Stray zero bytes in plain text; what has ASCII in UTF-16 is zero bytes by half, the rest is no UTF-8.
+        )
     for name, high in (("utf-16-le", (1, 3)), ("utf-16-be", (0, 2))):
         odd, even = sum(zeros[place] for place in high), sum(zeros[place] for place in range(4) if place not in high)
         if odd > 0.02 and odd > 8 * even and _decodes(whole, name):
@@ -51,7 +56,7 @@ def wide(head: bytes) -> str:
 
 
 def _decodes(raw: bytes, encoding: str) -> bool:
-    """Tell whether bytes are text in a wide encoding: valid, without control characters."""
+    """Tell whether bytes are text in an encoding: valid, without control characters."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(raw)
     except UnicodeDecodeError:
