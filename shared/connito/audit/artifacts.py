@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from connito.audit.differences import Difference, Step
+from connito.audit.differences import NOBODY, Difference, Step
 from connito.audit.evidence import Evidence
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
@@ -77,7 +77,8 @@ class Artifacts:
             if entry.ref.digest in self.damaged
         ]
         found += [
-            Difference(check, f"{entry}, cached copy", self.copies[entry.ref.digest], entry.cycle, entry.miner)
+            # It is this machine's own, and nobody reads it unhashed: neither log nor store are another for it.
+            Difference(check, f"{entry}, cached copy", self.copies[entry.ref.digest], entry.cycle, entry.miner, NOBODY)
             for entry in about
             if entry.ref.digest in self.copies
         ]
