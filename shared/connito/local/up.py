@@ -123,9 +123,8 @@ class _Up:
     """State of one `connito up`."""
 
     def __init__(self, options: UpOptions, data: DataDir, display: Display, *, stay: bool = False) -> None:
-        self.begun = None if options.new else begun.find(data)
-        self.options = options if self.begun is None else begun.options_to_go_on(options, self.begun)
-        self.data, self.display, self.stay = data, display, stay
+        self.begun: begun.Begun | None = None
+        self.options, self.data, self.display, self.stay = options, data, display, stay
         self.resumed = False
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
@@ -139,7 +138,8 @@ class _Up:
         log_to(self.data.logs / "up.jsonl")
         for name in self.data.end_leftovers():
             self.display.say(f"ended {name}, left over from a run that was killed")
-        options, chosen = self.options, profile(self.options)
+        options, self.begun = await begun.resume(self.options, self.data)
+        self.options, chosen = options, profile(options)
         members = participants(options.miners, options.validators, options.adversaries)
         memory = PeakMemory()
         sampling = asyncio.create_task(memory.run())
