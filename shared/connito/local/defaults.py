@@ -15,6 +15,8 @@ from connito.runtime.compute import multiplies_bf16
 from connito.v1.run_pb2 import RunSpec
 
 MAX_PARTICIPANTS = 64
+# Of the rates tried on this base, between the one that gains little in three cycles and the one that the gate refuses.
+DEMO_RATE = 4e-4
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def profile(options: UpOptions) -> Profile:
     tiny = options.base == "tiny"
     spec = policies("tiny" if tiny else "laptop")
     spec.domain, spec.cycles = options.target, options.cycles
+    if options.base == "demo":
+        spec.training.learning_rate = DEMO_RATE
     # Wait for everyone who was started, so that the first cycle has all of them.
     spec.windows.min_miners = options.miners + len(options.adversaries)
     spec.windows.min_validators = options.validators

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[4]
 SWEEP = (
     HIDING
     + """
-import contextlib, io, json, traceback
+import contextlib, io, json, pathlib, traceback
 
 import typer
 import connito, connito.library
@@ -62,6 +62,12 @@ def call(words):
 import connito.errors
 for path, words in commands(group):
     tried(" ".join(path), lambda: call([*path, *words]))
+# `serve` looks at the folder first.
+base = pathlib.Path("base")
+base.mkdir()
+(base / "config.json").write_text("{}")
+(base / "model.safetensors").write_bytes(bytes(8))
+tried("serve", lambda: call(["serve", "--base", str(base)]))
 for name in connito._WHERE:
     tried(f"connito.{name}", lambda: getattr(connito, name))
 for name in connito.library._HOMES:
