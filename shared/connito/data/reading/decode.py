@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
+from unicodedata import category
 
 from connito.data.reading.rows import Account, unreadable
 
@@ -18,6 +19,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_PRINTABLE = re.compile(rb"[ -~]")
+# Ideographs, kana, hangul, and their punctuation and wide forms. So much of a file tells its script.
+_EASTERN, _SCRIPT = re.compile("[\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffef]"), 1 << 14
 # Text in an encoding of one or two bytes has none of these; random bytes have every tenth.
 _TOLERATED_CONTROL = 0.01
 # Encodings that text outside UTF-8 is in today; the first of equally likely ones is taken.
@@ -34,7 +38,7 @@ def marked(head: bytes) -> tuple[str, int]:
 
 
 def wide(head: bytes) -> str:
-    """Return the encoding of UTF-16 or UTF-32 without a mark, known by where the zero bytes of its ASCII are; or ""."""
+    """Return the encoding of UTF-16 or UTF-32 without a mark, known by the zero bytes of its ASCII and by its script; or ""."""
     whole = head[: len(head) // 4 * 4]
     if len(whole) < 4 or b"\0" not in whole:
         return ""
@@ -44,24 +48,31 @@ def wide(head: bytes) -> str:
         if all(zeros[place] > 0.98 for place in high) and low < 0.5 and _decodes(whole, name):
             return name
     bare = whole.replace(b"\0", b"")
-    if len(bare) > 0.75 * len(whole) and not _CONTROL.search(bare) and _decodes(bare[: bare.rfind(b"\n") + 1], "utf-8"):
-        return (
-            ""  # Stray zero bytes in plain text; what has ASCII in UTF-16 is zero bytes by half, the rest is no UTF-8.
-        )
+    # Stray zero bytes in plain text; what has ASCII in UTF-16 is zero bytes by half, the rest is no UTF-8.
+    if len(_PRINTABLE.findall(whole)) > 0.8 * len(whole) or (len(bare) > 0.75 * len(whole) and _decodes(bare, "utf-8")):
+        return ""
     for name, high in (("utf-16-le", (1, 3)), ("utf-16-be", (0, 2))):
         odd, even = sum(zeros[place] for place in high), sum(zeros[place] for place in range(4) if place not in high)
-        if odd > 0.02 and odd > 8 * even and _decodes(whole, name):
+        # Ideographs whose other byte is zero are letters in the other order, but never spaces.
+        if odd > 0.02 and odd > 8 * even and re.search(r"[ \n]", _decodes(whole, name)):
             return name
-    return ""
+    eastern = [name for name in ("utf-16-le", "utf-16-be") if _is_eastern(_decodes(whole[:_SCRIPT], name))]
+    return eastern[0] if len(eastern) == 1 else ""
 
 
-def _decodes(raw: bytes, encoding: str) -> bool:
-    """Tell whether bytes are text in an encoding: valid, without control characters."""
+def _decodes(raw: bytes, encoding: str) -> str:
+    """Return bytes as text where they are some in an encoding: valid, without control characters; else ""."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(raw)
     except UnicodeDecodeError:
-        return False
-    return not _CONTROL.search(text.encode("utf-8", "replace"))
+        return ""
+    return "" if _CONTROL.search(text.encode("utf-8", "replace")) else text
+
+
+def _is_eastern(text: str) -> bool:
+    """Tell whether text is Chinese, Japanese or Korean: in the other order of bytes it has characters that nobody has."""
+    known = not any(category(character) in ("Cn", "Co") for character in set(text))
+    return known and len(_EASTERN.findall(text)) > 0.5 * len(text)
 
 
 def binary(head: bytes) -> bool:
