@@ -20,6 +20,7 @@ from connito.curation.holdings import Agreement, Expert, Holdings
 from connito.errors import Invalid, NotFound, Retry
 from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_FILE
 from connito.library.card import render
+from connito.library.governance import governance
 from connito.library.record import encode
 from connito.library.schema import read_record
 from connito.runtime.extras import extras_named
@@ -46,7 +47,8 @@ def push(
     agreement: Agreement | None = None,
     library: Holdings | None = None,
 ) -> Pushed:
-    """Upload an expert (id or folder) or an exported model to the repository, which is made if it is not there.
+    """Upload an expert (id or folder) or an exported model to the repository, which is made if it is not there: a private one
+    for what is not public.
 
     The licence has to allow passing it on; the card is written in the hub's schema. Raises `Invalid`, `NotFound`, `Retry`.
     """
@@ -59,7 +61,11 @@ def push(
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi()
-        made = api.create_repo(repository, private=private, exist_ok=True)
+        shown = governance(record)["visibility"]
+        made = api.create_repo(repository, private=private or shown != "public", exist_ok=True)
+        if shown != "public" and not api.model_info(repository).private:
+            what = f"{record['expert_id']} is not public, and {repository} is"
+            raise Invalid(f"{what}: make the repository private, or push to another")
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         changed = _carded(folder, str(record.get("license", "")))

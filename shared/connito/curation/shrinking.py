@@ -161,9 +161,9 @@ class _Loaded:
 
 
 def _load(source: ShrinkSource, library: Holdings) -> _Loaded:
-    model, tokenizer = load_full(source.base, device=device_of()), load_tokenizer(source.base)
     found = [library.find(str(name)) for name in source.within]
     license_ = library.permit(found, "prune", source.agreement).license if found else ""
+    model, tokenizer = load_full(source.base, device=device_of()), load_tokenizer(source.base)
     for folder, _ in found:
         load_expert(model, folder)
     parents = [record for _, record in found]

@@ -67,7 +67,12 @@ def push(
     target: Annotated[str, typer.Argument(help="Expert id, or folder of an expert or of an exported model.")],
     repository: Annotated[str, typer.Argument(help="Hugging Face repository, OWNER/NAME.")],
     revision: Annotated[str, typer.Option(help="Branch to commit to, made if it is not there.")] = "",
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="Make the repository private, if it is made; for what is not public it always is."
+        ),
+    ] = False,
     who: AsOption = "",
     organisation: OrganisationOption = None,
     accept_license: AcceptOption = None,

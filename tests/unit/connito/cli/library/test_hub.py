@@ -77,6 +77,22 @@ def test_an_exported_model_is_whole_on_the_hub(hub: Hub, run: Any, stocked: Any,
     assert (code, "config.json" in said) == (6, True)
 
 
+def test_what_is_not_public_goes_to_no_public_repository(hub: Hub, exports: Any) -> None:
+    folder = exports["logs"]
+    record = json.loads((folder / "record.json").read_text())
+    private = {"visibility": "private", "organisation": "", "owner": "ada", "sources": []}
+    (folder / "record.json").write_text(json.dumps({**record, "governance": private}))
+    push = ("push", folder, "ada/logs", "--as", "ada")
+    code, _, said = connito(hub, *push)
+    assert code == 0, said
+    assert hub.repositories["ada/logs"].private
+    (holds := hub.repositories["ada/logs"]).private = False
+    holds.branches["main"] = {}
+    code, _, said = connito(hub, *push)
+    assert (code, "is not public, and ada/logs is: make the repository private" in said) == (3, True), said
+    assert not holds.branches["main"]
+
+
 def test_what_the_hub_refuses_is_one_sentence(hub: Hub, stocked: Any, exports: Any, tmp_path: Path) -> None:
     shelf, ids = stocked
     push = ("push", ids["logs"], "ada/logs", "--shelf", shelf)
