@@ -10,18 +10,20 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connito.data.dedup import contaminated, deduplicate
 from connito.data.prepare import Split, part_of
+from connito.data.reading.passages import CHARACTERS, passages
 from connito.data.spool import Records
 from connito.errors import Invalid, NotFound
 from connito.jobs.findings import Finding
 from connito.jobs.sources import Document, Reach, document_spool, read_source, rows_of
 from connito.jobs.spec import Benchmark, Job, Source
+from connito.render import formats
 from connito.runtime.progress import Progress, silent
 from connito.wire.hashing import hash_fields
 
@@ -34,6 +36,8 @@ TOLERATED = 0.02
 # From here on a source is more copies than text.
 MANY_DUPLICATES = 0.5
 _EXAMPLES = 5
+# Rows of which even the smallest part, the probe, has one or two.
+FEW_ROWS = 20
 # Shares of a check that reading and comparing begin at, and documents between two words about it.
 _READING, _COMPARING, _TOLD = 0.2, 0.4, 10_000
 # Of text that selects experts; scores do not change with more, and the selector reads all of it.
@@ -68,7 +72,7 @@ def sort_texts(job: Job, root: Path, progress: Progress = silent) -> Texts:
     """Read everything the job names (paths relative to `root`) and part it. Never raises for the customer's text:
     what is wrong with it is among the findings, all of it at once."""
     texts = Texts(progress=progress)
-    data = _read_all(texts, "data", job.data, root)
+    data = _as_passages(texts, _read_all(texts, "data", job.data, root))
     held = _unique(_read_all(texts, "holdout", job.holdout, root))
     general = {row.domain: _unique(_read_all(texts, f"general {row.domain}", [row], root)) for row in job.general}
     for benchmark in job.benchmarks:
@@ -116,6 +120,21 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
     return Records(spool, kept)
 
 
+def _as_passages(texts: Texts, rows: Records[Document]) -> Records[Document]:
+    """Cut a few long rows into passages, as plain text is: so few documents are not parted evenly, and one not at all."""
+    if len(rows) >= FEW_ROWS:
+        return rows
+    spool, found = document_spool(), array("Q")
+    for row in rows:
+        parts = [row.text] if row.chat or len(row.text) <= CHARACTERS else passages([row.text])
+        found.extend(spool.append(replace(row, text=part.strip())) for part in parts)
+    if len(found) == len(rows):
+        return rows
+    cut = f"{formats.count(len(rows), 'row')} of data, cut into {len(found)} passages as plain text is"
+    texts.note("reach", "ok", cut, rows=len(rows), passages=len(found))
+    return Records(spool, found)
+
+
 def _unique(documents: Records[Document]) -> Records[Document]:
     return documents.take(deduplicate(documents.mapped(_text)).kept)
 
@@ -154,9 +173,11 @@ def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Record
         "share": share,
     }
     if len(unique.kept) < 4:
-        remedy = f"{len(unique.kept)} different documents are too few to train on some and judge by others: add text"
-        remedy += " that is not a copy" if lost else ""
-        texts.note("duplicates", "error", detail, remedy, **numbers)
+        few = f"{formats.count(len(unique.kept), 'different document')}: too few to train on some and judge by others"
+        if lost:
+            texts.note("duplicates", "error", detail, f"{few}; add text that is not a copy", **numbers)
+        else:
+            texts.note("size", "error", few, "add text", **numbers)
     elif share > MANY_DUPLICATES:
         texts.note("duplicates", "warning", detail, "they are dropped; more different text would help", **numbers)
     else:

@@ -19,6 +19,11 @@ def size(count: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def count(number: int, what: str) -> str:
+    """Return how many there are of something: `1 cycle`, `2 cycles`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """Return a share of one in percent: `12.3 %`."""
     return f"{100 * share:.{digits}f} %"

@@ -83,17 +83,49 @@ def test_all_duplicates_is_an_error(code: list[str], tmp_path: Path) -> None:
     (finding,) = found(texts, "duplicates")
     assert finding.level == "error"
     assert "49 of 50 documents repeat another one (49 exactly" in finding.detail
-    assert "1 different documents are too few" in finding.remedy
-    assert "not a copy" in finding.remedy
+    assert finding.remedy.startswith("1 different document: too few to train on some and judge by others")
+    assert finding.remedy.endswith("add text that is not a copy")
 
 
 def test_one_document_is_not_called_a_copy(code: list[str], tmp_path: Path) -> None:
-    write(tmp_path / "data.jsonl", code[:1])
+    write(tmp_path / "data.jsonl", [code[0][:1500]])
 
-    (finding,) = found(sort_texts(job(), tmp_path), "duplicates")
+    texts = sort_texts(job(), tmp_path)
 
-    assert finding.level == "error"
-    assert finding.remedy == "1 different documents are too few to train on some and judge by others: add text"
+    assert not found(texts, "duplicates")
+    (finding,) = found(texts, "size")
+    assert (finding.level, finding.remedy) == ("error", "add text")
+    assert finding.detail == "1 different document: too few to train on some and judge by others"
+
+
+def test_a_few_long_rows_are_passages_as_the_same_plain_text_is(code: list[str], tmp_path: Path) -> None:
+    long = "\n\n".join(code)
+    (tmp_path / "data.txt").write_text(long)
+    write(tmp_path / "data.jsonl", [long])
+
+    rows, plain = (sort_texts(job(data=[{"path": f"data.{suffix}"}]), tmp_path) for suffix in ("jsonl", "txt"))
+
+    assert not [finding for finding in rows.findings if finding.level == "error"]
+    assert [document.text for document in rows.train] == [document.text for document in plain.train]
+    (said,) = [finding.detail for finding in found(rows, "reach") if "passages" in finding.detail]
+    assert said.startswith("1 row of data, cut into ")
+    assert not [finding for finding in found(plain, "reach") if "passages" in finding.detail]
+    # As many rows as can be parted are documents of their own, however long.
+    write(tmp_path / "data.jsonl", [long[number * 5000 : number * 5000 + 5000] for number in range(20)])
+    kept = sort_texts(job(), tmp_path)
+    assert all(len(document.text) > 2000 for document in (*kept.train, *kept.holdout))
+    assert not [finding.detail for finding in found(kept, "reach") if "passages" in finding.detail]
+
+
+def test_a_conversation_is_never_cut(tmp_path: Path) -> None:
+    said = [
+        {"role": role, "content": f"{role} {number} " * 900} for number in range(2) for role in ("user", "assistant")
+    ]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+
+    assert [finding.detail for finding in found(sort_texts(job(), tmp_path), "size")] == [
+        "1 different document: too few to train on some and judge by others"
+    ]
 
 
 @pytest.mark.parametrize(("rows", "level"), [(0, "error"), (40, "warning")])

@@ -41,3 +41,8 @@ def test_shares_losses_and_moments() -> None:
     assert (formats.loss(2.0), formats.loss(None)) == ("2.0000", "–")
     assert (formats.change(-0.01), formats.change(None)) == ("-0.0100", "–")
     assert (formats.moment(0), formats.day(0)) == ("1970-01-01 00:00:00 UTC", "1970-01-01")
+
+
+def test_one_of_something_is_not_several() -> None:
+    said = [formats.count(number, "cycle") for number in (0, 1, 2, 12_000)]
+    assert said == ["0 cycles", "1 cycle", "2 cycles", "12,000 cycles"]
