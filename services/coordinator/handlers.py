@@ -16,6 +16,7 @@ from connito.protocol import progress, rules
 from connito.protocol.beacon import draw_seed
 from connito.protocol.objective import reached
 from connito.protocol.quorum import present
+from connito.render.formats import count
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.empty_handed import why_nothing
@@ -129,7 +130,7 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Sta
     if progress.adapts(facts) and not progress.merged_anything(facts):
         reason = reasons_pb2.REASON_NO_IMPROVEMENT
         return _end(facts, run_pb2.RUN_OUTCOME_NO_IMPROVEMENT, reason, why_nothing(facts))
-    detail = sentence(enough) if enough is not None else f"all {spec.cycles} cycles done"
+    detail = sentence(enough) if enough is not None else f"all {count(spec.cycles, 'cycle')} done"
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, progress, table
-from connito.render.formats import duration, percent, size
+from connito.render.formats import count, duration, percent, size
 from connito.wire.enums import plain_name
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _quote_text(made: Quote) -> str:
         f"{made.domain}: {chosen} of {made.total_experts} experts, in {len(made.layers)} layers",
         (
             f"  upload      {size(made.upload)} a miner and cycle ({percent(made.upload / made.model)} of the model), "
-            f"{size(made.upload * made.cycles)} over {made.cycles} cycles"
+            f"{size(made.upload * made.cycles)} over {count(made.cycles, 'cycle')}"
         ),
         (
             f"  memory      {size(memory.total)} a miner: weights {size(memory.weights)}, training state "
@@ -216,7 +216,9 @@ def _quote_text(made: Quote) -> str:
     needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
     lines.append(f"  cycles      at most {made.cycles}; {needed}")
     if made.seconds is not None:
-        lines.append(f"  time        about {duration(made.seconds)} for {made.cycles} cycles, from {made.seconds_from}")
+        lines.append(
+            f"  time        about {duration(made.seconds)} for {count(made.cycles, 'cycle')}, from {made.seconds_from}"
+        )
     lines.append(f"  rewards     at most {made.emission:,} units")
     return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
 

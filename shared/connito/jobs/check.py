@@ -170,10 +170,8 @@ def _coverage(job: Job, spec: RunSpec, corpora: Corpora) -> Finding:
     """Say how much of the training text the run will read, and what it costs in reward units."""
     miners, cycles = max(1, job.people.miners), spec.cycles
     read = planned(spec, miners, cycles, len(corpora.train.tokens))
-    detail = (
-        f"{cycles} cycles of {miners} miner{'s' if miners > 1 else ''} read {read}; they pay out {spec.emission * cycles:,} "
-        "reward units at most"
-    )
+    planned_for = f"{formats.count(cycles, 'cycle')} of {formats.count(miners, 'miner')}"
+    detail = f"{planned_for} read {read}; they pay out {spec.emission * cycles:,} reward units at most"
     numbers = {"read": read.read, "there": read.there, "share": read.share, "emission": spec.emission * cycles}
     if read.share >= LITTLE_READ:
         return Finding("coverage", "ok", detail, "", numbers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from connito.errors import Invalid
+from connito.render import formats
 from connito.v1 import reasons_pb2 as reasons
 
 LEVELS = ("ok", "warning", "error")
@@ -36,8 +37,8 @@ def require(findings: Iterable[Finding], what: str = "the job", *, shown: bool =
     """Raise `Invalid` (BAD_SPEC) that names every error among the findings with its remedy; `shown`: which were printed."""
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
-        count = f"{what} has {len(errors)} problem{'s' if len(errors) > 1 else ''}:"
+        said = f"{what} has {formats.count(len(errors), 'problem')}:"
         if shown:
-            raise Invalid(f"{count} {', '.join(finding.check for finding in errors)}", reason=reasons.REASON_BAD_SPEC)
+            raise Invalid(f"{said} {', '.join(finding.check for finding in errors)}", reason=reasons.REASON_BAD_SPEC)
         lines = [f"  {finding.check}: {finding.detail}; {finding.remedy}" for finding in errors]
-        raise Invalid("\n".join([count, *lines]), reason=reasons.REASON_BAD_SPEC)
+        raise Invalid("\n".join([said, *lines]), reason=reasons.REASON_BAD_SPEC)

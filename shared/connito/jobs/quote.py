@@ -190,7 +190,9 @@ def _duration(context: JobContext, checked: Checked, pilot: Pilot | None) -> tup
                 theirs = policy.local_steps * policy.batch_sequences * policy.sequence_length
                 found.append(sum(seconds.values()) - seconds["train"] + seconds["train"] * work / max(1, theirs))
     if found:
-        return median(found) * spec.cycles, f"{len(found)} cycles that this platform has run on this base"
+        return median(
+            found
+        ) * spec.cycles, f"{formats.count(len(found), 'cycle')} that this platform has run on this base"
     if pilot is not None:
         return (
             pilot.seconds * spec.cycles,

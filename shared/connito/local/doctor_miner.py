@@ -213,4 +213,4 @@ def _pays(facts: RunFacts) -> Check:
     )
     if policy.probation_cycles:
         found += f"; a new key is paid {formats.percent(policy.probation_pay, 0)} until {policy.probation_cycles} were useful"
-    return Check(name, True, f"{found} (last {len(results)} cycles)")
+    return Check(name, True, f"{found} (last {formats.count(len(results), 'cycle')})")

@@ -26,7 +26,7 @@ def summary(report: dict[str, Any], options: UpOptions) -> str:
     """Return the summary of a run for the terminal: losses, costs and files."""
     data, totals = DataDir.at(options.data_dir), report["totals"]
     first, last = totals["target_loss_first"], totals["target_loss_last"]
-    lines = [f"\n{report['run']}: {report['outcome']['status']} after {len(report['cycles'])} cycles"]
+    lines = [f"\n{report['run']}: {report['outcome']['status']} after {formats.count(len(report['cycles']), 'cycle')}"]
     if first is not None:
         general = totals["general_loss_last"] - totals["general_loss_first"]
         lines.append(f"  {report['domain']} loss   {first:.4f} → {last:.4f} nats per token ({last - first:+.4f})")

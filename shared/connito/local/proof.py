@@ -103,8 +103,9 @@ def _write(model: Any, tokenizer: Any, corpus: Any) -> list[dict[str, Any]]:
 
 def markdown(report: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
     """Return the text of `proof.md`."""
+    cycles = formats.count(len(report["cycles"]), "cycle")
     lines = [
-        f"# {report['run']}: what {report['base']} knows of {report['domain']} after {len(report['cycles'])} cycles",
+        f"# {report['run']}: what {report['base']} knows of {report['domain']} after {cycles}",
         "",
         "![What is right, before and after](proof.svg)",
         "",

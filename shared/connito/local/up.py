@@ -189,7 +189,7 @@ class _Up:
             # Noted first: what is created and not noted would be nobody's.
             await installation.note(partial(begun.note, self.data, run, self.options))
             await self._create(installation, spec)
-            display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {spec.cycles} cycles")
+            display.say(f"run {run}: adapting {materials.name} to {spec.domain}, {formats.count(spec.cycles, 'cycle')}")
         await installation.publish(run=run)
         collecting = asyncio.create_task(self._collect(installation, spec))
         try:

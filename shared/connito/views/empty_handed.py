@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from connito.protocol.progress import MOST_REPLAY, training
+from connito.render import formats
 from connito.v1 import reasons_pb2 as r
 from connito.v1.run_pb2 import StartCandidate
 from connito.wire.enums import reason_name
@@ -29,12 +30,11 @@ def why_nothing(facts: RunFacts) -> str:
         for verdict in scored.verdicts
         if verdict.reason
     )
+    judged = formats.count(len(cycles), "cycle")
     if not reasons:
-        return (
-            f"no work was judged in {len(cycles)} cycles; see that miners and validators take part, and submit it again"
-        )
+        return f"no work was judged in {judged}; see that miners and validators take part, and submit it again"
     counted = ", ".join(f"{reason_name(reason)} {count}" for reason, count in reasons.most_common())
-    what = f"nobody's work was of use in {len(cycles)} cycles ({counted})"
+    what = f"nobody's work was of use in {judged} ({counted})"
     return "; ".join(
         part for part in (what, _remedy(facts, reasons.most_common(1)[0][0], len(cycles)), shelf(facts)) if part
     )

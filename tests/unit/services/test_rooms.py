@@ -33,7 +33,7 @@ WITHOUT_ACTIONS = {"console"}
 WITH_MODEL = {"aggregator", "selector", "trainer", "validator"}
 
 PURE_MODULES = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "statistics", "typing"}
-PURE_WINGS = {"errors", "library", "protocol", "v1", "views", "wire"}
+PURE_WINGS = {"render", "errors", "library", "protocol", "v1", "views", "wire"}
 
 
 def tree(service: str, room: str) -> ast.Module:

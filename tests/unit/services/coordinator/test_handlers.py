@@ -406,7 +406,23 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, run_pb2.RunEnded)
     assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
+    assert action.message.detail == "all 2 cycles done"
     assert nothing(world) is None
+
+
+def test_one_cycle_is_not_cycles() -> None:
+    world = World(cycles=1)
+    world.created()
+    world.selected()
+    world.miners("ma")
+    world.validators("va")
+    to_window(world, "merge", 1)
+    everybody_acts(world)
+    closed(world, "merge", 1)
+    action = step(world)
+    assert isinstance(action, PublishFact)
+    assert isinstance(action.message, run_pb2.RunEnded)
+    assert action.message.detail == "all 1 cycle done"
 
 
 def test_a_run_ends_when_its_objective_is_met() -> None:
