@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from connito.protocol.quorum import Present, pause
+from connito.protocol import rules
+from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
 from connito.v1 import cycle_pb2
 from connito.views import words
@@ -114,7 +115,9 @@ def head(facts: RunFacts, now_ms: int, stake: Stake) -> Head:
         window="" if window is None else window.name,
         deadline_unix_ms=deadline,
         last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
-        stale=_overdue(window, deadline, now_ms, here),
+        stale=""
+        if window is None or not deadline or here
+        else _overdue(window, rules.deadline_ms(facts, window), now_ms),
         cycles=tuple(facts.cycles()),
         planned=spec.cycles,
         miners=len(facts.miners),
@@ -201,8 +204,8 @@ def _run_row(facts: RunFacts, now_ms: int, stake: Stake) -> RunRow:
     return RunRow(head(facts, now_ms, stake), created.time_unix_ms, first, last)
 
 
-def _overdue(window: Window | None, deadline_ms: int, now_ms: int, here: Present | None) -> str:
-    if window is None or not deadline_ms or now_ms <= deadline_ms + OVERDUE_MS or here is not None:
+def _overdue(window: Window, deadline_ms: int, now_ms: int) -> str:
+    if now_ms <= deadline_ms + OVERDUE_MS:
         return ""
     return (
         f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "

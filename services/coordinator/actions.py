@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from connito.bus import Bus
 from connito.bus.position import PositionedLog
 from connito.protocol.bans import banned
-from connito.protocol.quorum import Present, pause
+from connito.protocol.quorum import Pause, pause
 from connito.runtime import logs
 from connito.runtime.logs import get_logger
 from connito.service.engine import Action, Decision
@@ -66,7 +66,7 @@ class Coordinator:
         leading: Callable[[], bool],
         clock: Callable[[], int],
         run: str = "",
-        paused: Callable[[str, Present | None], None] = lambda run, here: None,
+        paused: Callable[[str, Pause | None], None] = lambda run, here: None,
     ) -> None:
         self._bus, self._facts, self._leading, self._clock, self._run = bus, facts, leading, clock, run
         self._paused = paused

@@ -148,7 +148,7 @@ def _in_window(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake)
         # No deadline: an aggregator that is away is restarted, and its work cannot be done by anyone else.
         return Decision([])
     if waiting and now_ms < deadline:
-        return Decision([], deadline)
+        return Decision([], _look(window, now_ms, deadline))
     if window.name == "train" and not present(facts, window.cycle, stake).enough:
         # A cycle that cannot be used is not begun. Whoever comes is a fact; at the deadline the run counts as paused.
         return Decision([], deadline if now_ms < deadline else None)
@@ -175,7 +175,12 @@ def _draw(facts: RunFacts, window: Window, now_ms: int, stake: rules.Stake) -> D
         return _close(window, cycle_pb2.CLOSE_CAUSE_ALL_ACTED)
     if now_ms >= deadline:
         return _close(window, cycle_pb2.CLOSE_CAUSE_DEADLINE)
-    return Decision([], half if now_ms < half else deadline)
+    return Decision([], half if now_ms < half else _look(window, now_ms, deadline))
+
+
+def _look(window: Window, now_ms: int, deadline: int) -> int:
+    """Return when to look again at a window that stays open: also when it begins to count as paused."""
+    return min(window.deadline_unix_ms, deadline) if now_ms < window.deadline_unix_ms else deadline
 
 
 def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int, stake: rules.Stake) -> Decision:

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 from connito.bus.position import PositionedLog
+from connito.protocol import rules
 from connito.protocol.entitlement import Naming
-from connito.protocol.quorum import Present
+from connito.protocol.quorum import Pause
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.v1 import cycle_pb2
@@ -70,10 +71,12 @@ class State(PositionedLog):
         """Return what is to be kept of a run."""
         return super().note(run) | {"naming": self.naming.of(run)}
 
-    def paused(self, run: str, here: Present | None) -> None:
+    def paused(self, run: str, here: Pause | None) -> None:
         """Take over that a run waits for more people than are `here`, or that it does not."""
         if self._windows.pause(run, here is not None):
             if here is None:
+                if run in self.runs:
+                    self._windows.notice(self.runs[run])
                 log.info("the run goes on", run=run)
             else:
                 log.warning(f"the run is paused: {here}", run=run)
@@ -145,7 +148,10 @@ class OpenWindows:
         if window is None or opened is None:
             self._open.pop(facts.run, None)
         else:
-            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, window.deadline_unix_ms / 1000)
+            due = window.deadline_unix_ms
+            if due and not rules.unheard(facts, window):
+                due = rules.deadline_ms(facts, window)
+            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, due / 1000)
         self._report()
 
     def pause(self, run: str, paused: bool) -> bool:

@@ -2,7 +2,8 @@
 
 A run's first cycle waits for `min_miners` and `min_validators`. The train window of every cycle stays open past its deadline
 while fewer miners have trained, or while the validators that committed to a secret could not draw (`rules.quorum_of_draw`).
-That is a pause. It ends by itself once enough are back, and costs no cycle.
+That is a pause. It ends by itself once enough are back, and costs no cycle. So is a later window past what was announced in
+which nobody at all was heard (`rules.deadline_ms`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,25 @@ class Present:
         return f"{here}, with {mine:.2f} of {total:.2f} votes; more than half are needed"
 
 
+@dataclass(frozen=True)
+class Unheard:
+    """A window past its announced deadline in which nobody was heard, of so many who were expected, and the time at which it is
+    given up (Unix milliseconds)."""
+
+    window: str
+    expected: int
+    until_unix_ms: int
+
+    def __str__(self) -> str:
+        return (
+            f"nobody of {self.expected} was heard in the {self.window} window; are the broker and the store there, and those "
+            "who act in it?"
+        )
+
+
+Pause = Present | Unheard
+
+
 def present(facts: RunFacts, cycle: int, stake: rules.Stake) -> Present:
     """Return who acted in a train window. Whoever is banned does not count."""
     windows = facts.require_spec().windows
@@ -50,10 +70,14 @@ def present(facts: RunFacts, cycle: int, stake: rules.Stake) -> Present:
     return Present(len(miners), len(validators), windows.min_miners, windows.min_validators, quorum, votes)
 
 
-def pause(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Present | None:
-    """Return who is there in a run that waits for more, by the broker's clock; None for one that goes on."""
+def pause(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Pause | None:
+    """Return why a run waits for more people than are there, by the broker's clock; None for one that goes on."""
     window = facts.open_window if facts.spec is not None and facts.ended is None else None
-    if window is None or window.name != "train" or now_ms < window.deadline_unix_ms:
+    if window is None or now_ms < window.deadline_unix_ms:
+        return None
+    if rules.unheard(facts, window) and now_ms < (until := rules.deadline_ms(facts, window)):
+        return Unheard(window.name, len(window.expected), until)
+    if window.name != "train":
         return None
     here = present(facts, window.cycle, stake)
     return None if here.enough else here

@@ -16,6 +16,7 @@ from connito.protocol.scoring.counted_reports import Reports, draw
 from connito.protocol.scoring.trust import votes
 from connito.v1 import cycle_pb2
 from connito.v1.cycle_pb2 import Finding
+from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 from connito.wire.window import Window
@@ -23,6 +24,8 @@ from connito.wire.window import Window
 Stake = Callable[[str], float]
 # Broker times of different streams may come from different machines, and a decision is stored a moment after the clock was read.
 TOLERANCE_MS = 1000
+# Windows that wait for the first to be heard, for so many ceilings at most: where nobody is, something is away that all need.
+WAITS_FOR_ONE, CEILINGS = ("commit", "submit", "validate"), 3
 
 
 def checked(facts: RunFacts) -> bool:
@@ -94,16 +97,26 @@ def deadline_ms(facts: RunFacts, window: Window) -> int:
     """Return the time at which an open window may be closed on those who have not acted; both times are the broker's.
 
     That is what was announced, and never sooner than the policy's floor. A draw that an outage delayed leaves as much time
-    to score as one made in time.
+    to score as one made in time, and the first who is heard late as much to the others.
     """
     opened, deadline = window.opened_fact, window.deadline_unix_ms
     assert opened is not None
+    half = max(0, deadline - opened.time_unix_ms) // 2
     if checked(facts):
-        deadline = max(deadline, opened.time_unix_ms + round(facts.require_spec().windows.floor_seconds * 1000))
+        policy = facts.require_spec().windows
+        deadline = max(deadline, opened.time_unix_ms + round(policy.floor_seconds * 1000))
+        if unheard(facts, window):
+            deadline = max(deadline, opened.time_unix_ms + round(CEILINGS * policy.ceiling_seconds * 1000))
+        elif window.name in WAITS_FOR_ONE:
+            deadline = max(deadline, half + min(fact.time_unix_ms for _, fact in _heard(facts, window)))
     if window.name == "validate" and window.drawn_fact is not None:
-        half = max(0, window.deadline_unix_ms - opened.time_unix_ms) // 2
         deadline = max(deadline, window.drawn_fact.time_unix_ms + half)
     return deadline
+
+
+def unheard(facts: RunFacts, window: Window) -> bool:
+    """Return whether nobody at all was heard in a window before it closed."""
+    return checked(facts) and window.name in WAITS_FOR_ONE and next(_heard(facts, window), None) is None
 
 
 def readable(facts: RunFacts, cycle: int) -> bool:
@@ -231,11 +244,17 @@ def _acted(facts: RunFacts, window: Window) -> set[str]:
         last = closed.message.last_sequence
         trained = {key for key, fact in facts.trained(cycle).items() if fact.sequence <= last}
         return trained | set(committed_in_time(facts, cycle))
+    return {key for key, _ in _heard(facts, window)}
+
+
+def _heard(facts: RunFacts, window: Window) -> Iterator[tuple[str, Fact]]:
+    """Yield who reported in a validate window, or was answered in another one, before it closed; that lies in its own stream."""
+    closed = window.closed_fact
     if window.name == "validate":
-        said = [facts.reports(cycle), facts.objections(cycle)]
-        return {key for acts in said for key, fact in acts.items() if fact.sequence < closed.sequence}
-    refused = {fact.message.miner for fact in window.refused.values() if fact.sequence < closed.sequence}
-    return refused | {key for key, fact in window.accepted.items() if fact.sequence < closed.sequence}
+        said = [*facts.reports(window.cycle).items(), *facts.objections(window.cycle).items()]
+    else:
+        said = [(fact.message.miner, fact) for fact in window.refused.values()] + [*window.accepted.items()]
+    return ((key, fact) for key, fact in said if closed is None or fact.sequence < closed.sequence)
 
 
 def objectors(facts: RunFacts, cycle: int, stake: Stake) -> bool:

@@ -282,7 +282,7 @@ WAITING = declare(
 RUN_PAUSED = declare(
     Gauge,
     "run_paused",
-    "1 while a run waits for more miners or validators than are there",
+    "1 while a run waits for more miners or validators than are there, or a window for anybody",
     ("run",),
     when_bad="1: `connito status` says how many are there; start or admit more, or cancel the run",
 )

@@ -526,7 +526,7 @@ class WindowPolicy(_message.Message):
     floor_seconds: _builtins.float
     """Deadlines are learned, but no window has less than this."""
     ceiling_seconds: _builtins.float
-    """Deadlines are learned, but no window has more than this."""
+    """Deadlines are learned, but none is announced later than this. A window in which nobody is heard is left open for three times as long."""
     assemble_seconds: _builtins.float
     """Wait this long for the first miners and validators before the run fails."""
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from connito.protocol.quorum import Present, pause
+from connito.protocol.quorum import Pause, pause
 from connito.protocol.rules import Stake
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
@@ -27,7 +27,7 @@ def who(facts: RunFacts, key: str, names: Mapping[str, str]) -> str:
     return names.get(key) or miner_name(facts, key)
 
 
-def phase(facts: RunFacts, now_ms: int | None = None, here: Present | None = None) -> str:
+def phase(facts: RunFacts, now_ms: int | None = None, here: Pause | None = None) -> str:
     """Return the current phase in one sentence, with the time left where the time is given. `here`: `quorum.pause` of it."""
     spec = facts.spec
     if spec is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from connito.protocol.quorum import Present, pause
+from connito.protocol.quorum import Pause, pause
 from connito.protocol.rules import Stake
 from connito.v1 import run_pb2, services_pb2
 from connito.views.sentences import why_left
@@ -16,7 +16,7 @@ _PHASES = {
 }
 
 
-def phase(facts: RunFacts, here: Present | None) -> services_pb2.RunPhase.ValueType:
+def phase(facts: RunFacts, here: Pause | None) -> services_pb2.RunPhase.ValueType:
     """Return the phase of a created run; the time is the broker's."""
     if facts.ended is not None:
         return _PHASES.get(facts.ended.outcome, services_pb2.RUN_PHASE_FAILED)
@@ -48,7 +48,7 @@ def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus
     )
 
 
-def _detail(facts: RunFacts, here: Present | None) -> str:
+def _detail(facts: RunFacts, here: Pause | None) -> str:
     left = why_left(facts)
     if facts.ended is not None:
         return "; ".join(part for part in (facts.ended.detail, left) if part)

@@ -159,3 +159,65 @@ def test_all_who_joined_are_waited_for_where_those_who_reported_are_too_few() ->
         told, stake = training(*VALIDATORS, stakes=stakes)
         told.reported("vb").reported("vc").say("run", 2, "head")
         assert set(expected.named(told.facts, told.facts.next_train, stake)) == {"ma", *waited_for}
+
+
+def test_a_window_in_which_nobody_can_be_heard_waits_for_the_first_and_then_for_the_others() -> None:
+    """The store was away for as long as the window was announced: all that was made would have been late."""
+    told = submitting("ma", "mb")
+    window = told.facts.window("submit", 1)
+    told.now = window.deadline_unix_ms + 1
+    again = decide(told.facts, told.now, even)
+    assert not again.actions
+    assert str(pause(told.facts, told.now, even)).startswith("nobody of 2 was heard in the submit window")
+    told.submitted("ma")
+    assert pause(told.facts, told.now, even) is None
+    again = decide(told.facts, told.now, even)
+    assert again.actions == [], "the other one has as much time as after a first in time"
+    assert again.wake_at_ms is not None
+    assert told.now < again.wake_at_ms < told.now + 100_000
+    told.now = again.wake_at_ms
+    close = step(told)
+    assert isinstance(close, CloseWindow)
+    assert close.cause == cycle_pb2.CLOSE_CAUSE_DEADLINE
+    assert list(rules.faults(told.facts, 1, even, said=True)) == []
+
+
+def test_a_window_in_which_nobody_is_ever_heard_is_given_up() -> None:
+    told = submitting("ma")
+    opened = told.now
+    while not (decision := decide(told.facts, told.now, even)).actions:
+        assert decision.wake_at_ms is not None
+        assert decision.wake_at_ms > told.now
+        told.now = decision.wake_at_ms
+    assert told.now == opened + 300_000
+    told.perform(decision)
+    assert list(rules.faults(told.facts, 1, even, said=True)) == []
+
+
+def test_who_closes_sooner_though_nobody_was_heard_breaks_a_rule() -> None:
+    told = submitting("ma")
+    told.now = told.facts.window("submit", 1).deadline_unix_ms + 1
+    told.closed("submit", cause=cycle_pb2.CLOSE_CAUSE_DEADLINE)
+    (finding,) = rules.faults(told.facts, 1, even, said=True)
+    assert (finding.kind, finding.name) == (cycle_pb2.FINDING_KIND_RULE_EARLY, "submit")
+
+
+def submitting(*miners: str) -> World:
+    """Up to the opening of submit, whose deadline is less than the ceiling."""
+    told = World().created(protocol_version=CHECKED).selected().miners(*miners).validators(*VALIDATORS)
+    step(told)
+    step(told)
+    for miner in miners:
+        told.trained(miner)
+    for validator in VALIDATORS:
+        told.seed_committed(validator)
+    step(told)
+    step(told)
+    for miner in miners:
+        told.committed(miner)
+    step(told)
+    told.settled("commit")
+    step(told)
+    opened = told.facts.window("submit", 1).opened
+    assert opened is not None
+    return told
