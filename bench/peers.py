@@ -73,7 +73,7 @@ def run(options: Options) -> Result:
         if words and not any(word in f"{name} {size}MB".replace(", ", "-").replace(" ", "-") for word in words):
             continue
         note(f"{size} MB: {name}")
-        folder = options.out / "peers-run"
+        folder = options.out / f"peers-run-{len(rows)}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         rows.append({"who": name, "megabytes": size, **measure(folder.resolve(), size << 20)})
