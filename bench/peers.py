@@ -54,7 +54,7 @@ Measure = Callable[[Path, int], dict[str, Any]]
 
 def run(options: Options) -> Result:
     """Run everybody with every payload; a quick run takes 1 MB and what is here alone."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     kinds: Mapping[str, Measure] = {
         "here, raw": lambda folder, size: _here(folder, size, "rows"),
         "here, coded": lambda folder, size: _here(folder, size, ""),

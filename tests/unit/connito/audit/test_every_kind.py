@@ -49,7 +49,7 @@ def index_of(world: World, kind: tuple[str, str]) -> int:
         message = message_type()
         own = role in ("validator", ANY)
         who = VALIDATORS["1"] if own else MINERS["A"]
-        for field, value in (("run", RUN), ("cycle", cycle), (path.split("+")[0], who)):
+        for field, value in (("run", RUN), ("cycle", cycle), ("service", "validator"), (path.split("+")[0], who)):
             if field in message_type.DESCRIPTOR.fields_by_name:
                 setattr(message, field, value)
         id_ = "" if not path else f"{who}-0" if "+" in path else who

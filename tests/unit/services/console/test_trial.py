@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from connito.errors import Fatal, Invalid, Retry
@@ -33,7 +33,18 @@ def document(status: str, body: object) -> bytes:
 async def server(answer: Answer, left: asyncio.Semaphore | None = None) -> AsyncIterator[str]:
     """A socket that answers as a test says; its address. With `left` it then waits until it is left, and says so."""
 
+    served: set[asyncio.Task[Any]] = set()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.add(cast("asyncio.Task[Any]", asyncio.current_task()))
+        try:
+            # Whoever leaves before the question is asked gets no answer.
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                await serve_one(reader, writer)
+        finally:
+            writer.close()
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = next((int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length")), 0)
         body = json.loads(await reader.readexactly(length)) if length else {}
@@ -43,10 +54,14 @@ async def server(answer: Answer, left: asyncio.Semaphore | None = None) -> Async
                 await writer.drain()
                 await reader.read()
             left.release()
-        writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
         yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+    for task in served:
+        task.cancel()
+    await asyncio.gather(*served, return_exceptions=True)
+    # What was closed is let go of in the loop's next round.
+    await asyncio.sleep(0)
 
 
 async def test_both_models_get_the_same_question_and_the_key() -> None:
