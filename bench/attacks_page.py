@@ -125,7 +125,8 @@ hand-ins of one base are not independent.
 
 {table(("handed in again", *worlds), lines)}
 Honest hand-ins of the same cycles called one of an earlier: {_of(*honest)}. Honest hand-ins called a copy where
-somebody else had trained from their text, and committed that first: {framed}. Nobody can know a miner's text of a cycle ahead
+somebody else had trained from their text, and committed that first: {framed}. No miner or validator can know a miner's text
+of a cycle ahead. The operator, who writes the head that draws it, knows it first, before the cycle opens
 ([ADR 49](../adr/0049-earlier-cycles-are-earlier.md)).
 """
     return _between(page, AGAIN, text)
