@@ -68,8 +68,10 @@ def _missing(evidence: Evidence) -> Iterator[Difference]:
     known = {(key.kind, key.cycle) for key in facts.facts if key.section == "run"}
     cosigned = {number for kind, number in known if kind == "cosigned"}
     believed = {number for number in cosigned if 2 * len(facts.cosigned(number)) > len(facts.joined)}
-    last = max([facts.cycle, *believed, *(number for kind, number in known if kind == "head")])
-    for number in range(1, last + 1):
+    told = believed | {number for kind, number in known if kind == "head"}
+    last = max([facts.cycle, *told])
+    # One head a cycle, one behind the end and one behind the deposit. Any number can be said, and none is counted up to.
+    for number in sorted(told | set(range(1, min(last, facts.cycle + 2) + 1))):
         if facts.head(number) is None:
             yield Difference("heads", f"run.{number}.head", "is not in the log, but what follows it is")
     for number in sorted(number for number in cosigned if number > last):

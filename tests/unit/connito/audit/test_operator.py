@@ -279,6 +279,18 @@ async def test_who_cosigns_a_head_that_never_was_does_not_frame_the_operator(tmp
     assert found.blame == [f"validator {VALIDATORS['3']}"]
 
 
+def test_a_head_of_any_number_is_missed_at_once() -> None:
+    """All validators of a run, which may be one, can say that they cosigned it."""
+    (key, *_) = VALIDATORS.values()
+    story = Run(name=RUN).created(protocol_version=3).validators(key)
+    story.say("run", 4_000_000_000, "cosigned", validator=key, signature="nonsense")
+    evidence: Any = SimpleNamespace(facts=story.facts)
+    missing = heads._missing(evidence)
+    assert [difference.where for difference in itertools.islice(missing, 9)] == [
+        "run.1.head", "run.2.head", "run.4000000000.head"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("liars", "blamed"), [(1, "validator"), (2, "validator"), (3, "operator")])
 def test_two_histories_are_what_most_validators_say(liars: int, blamed: str) -> None:
     """Not most of those who cosigned this head: others may have skipped it for the next."""
