@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NoReturn
 
-from connito.client.waiting import Wait, waits
+from connito.client.waiting import PROCESS, Wait, waits
 from connito.errors import ConnitoError, Fatal, Retry
 from connito.local.display import Display
 from connito.platform.datadir import DataDir
@@ -42,9 +42,9 @@ class Hindered:
 
     run: str
     groups: Sequence[Group]
-    # Since when too few were left, and since when enough are again, by what it ends with.
-    _since: dict[type[ConnitoError], float] = field(default_factory=dict)
-    _fine: dict[type[ConnitoError], float] = field(default_factory=dict)
+    # Since when too few were left, and since when enough are again, by the reason to end.
+    _since: dict[int, float] = field(default_factory=dict)
+    _fine: dict[int, float] = field(default_factory=dict)
     _seen: frozenset[str] = frozenset()
     moved: float = field(default_factory=time.monotonic)
 
@@ -63,17 +63,21 @@ class Hindered:
         # Somebody else's turn at the cores is no fault of anything.
         found = [wait for wait in found if wait.dependency != COMPUTE]
         given_up = [wait for wait in found if wait.given_up]
-        for kind, waiting, longest, gap in (
+        told = [wait for wait in found if wait.dependency != PROCESS]
+        reasons: Sequence[tuple[type[ConnitoError], Sequence[Wait], float, float]] = (
             (Fatal, given_up, GIVEN_UP_SECONDS, 0.0),
             # What is tried again now and then is not listed while it is tried.
-            (Retry, found, HINDERED_SECONDS, TRIED_SECONDS),
-        ):
+            (Retry, told, HINDERED_SECONDS, TRIED_SECONDS),
+            # A process that answers, however seldom, is not stopped: it computes, on a machine that is slow.
+            (Retry, found, HINDERED_SECONDS, 0.0),
+        )
+        for number, (kind, waiting, longest, gap) in enumerate(reasons):
             if any(group.lacks(wait.service for wait in waiting) for group in self.groups):
-                self._fine.pop(kind, None)
-                if now - max(self._since.setdefault(kind, now), self.moved) >= longest:
+                self._fine.pop(number, None)
+                if now - max(self._since.setdefault(number, now), self.moved) >= longest:
                     return kind(self._sentence(waiting, logs))
-            elif now - self._fine.setdefault(kind, now) >= gap:
-                self._since.pop(kind, None)
+            elif now - self._fine.setdefault(number, now) >= gap:
+                self._since.pop(number, None)
         return None
 
     def _sentence(self, waiting: Sequence[Wait], logs: object) -> str:

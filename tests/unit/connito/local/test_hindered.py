@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from connito.client.waiting import Wait
+from connito.client.waiting import PROCESS, Wait
 from connito.errors import Fatal, Retry
 from connito.local.display import PlainDisplay
 from connito.local.hindered import GIVEN_UP_SECONDS, HINDERED_SECONDS, Group, Hindered
@@ -71,6 +71,14 @@ def test_a_short_try_in_between_is_no_recovery() -> None:
     for now in (601.0, 700.0):
         assert watched.verdict([], now, "logs") is None
     assert watched.verdict(found, 701.0, "logs") is None
+
+
+def test_a_process_that_answers_now_and_then_is_slow_and_not_stopped() -> None:
+    watched, silent = hindered(), [Wait("committer", "answering", "", PROCESS, "no answer", given_up=False)]
+    for now in range(0, 3000, 30):
+        assert watched.verdict(silent if now % 60 else [], float(now), "logs") is None
+    assert watched.verdict(silent, 3000.0, "logs") is None
+    assert isinstance(watched.verdict(silent, 2970.0 + HINDERED_SECONDS, "logs"), Retry)
 
 
 def test_waits_are_shown_when_they_last_and_what_was_given_up_at_once() -> None:
