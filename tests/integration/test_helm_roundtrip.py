@@ -30,7 +30,8 @@ class Placed(NatsServer):
         theirs: dict[str, Any] = json.loads(self.conf.read_text())
         theirs["resolver"]["dir"] = str(self.data_dir / "jwt")
         theirs["jetstream"]["store_dir"] = str(self.data_dir / "jetstream")
-        return theirs | {"host": "127.0.0.1", "port": self.port, "http": f"127.0.0.1:{free_ports(1)[0]}"}
+        own = {"server_name": self._name, "host": "127.0.0.1", "port": self.port}
+        return theirs | own | {"http": f"127.0.0.1:{free_ports(1)[0]}"}
 
 
 def run(

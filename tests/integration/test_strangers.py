@@ -594,9 +594,8 @@ async def test_a_banned_key_is_out_at_once_and_nobody_else(boundary: Boundary, t
     assert len([record async for record in stays.stored(["RUNS"])]) == 1
     # A server that starts with yesterday's file still knows.
     boundary.server.stop()
-    path = boundary.server.data_dir / "nats-server.conf"
-    config = json.loads(path.read_text()) | {"resolver_preload": old_config}
-    boundary.server._config = lambda: config  # type: ignore[method-assign]
+    written = boundary.server._config
+    boundary.server._config = lambda: written() | {"resolver_preload": old_config}  # type: ignore[method-assign]
     await asyncio.to_thread(boundary.server.start)
     with pytest.raises(ConnitoError):
         await Bus.connect(boundary.server.url, leaving, "after a restart")
