@@ -85,8 +85,8 @@ class Holdings:
             tell(f"looking for {name} on the platform")
             try:
                 self._fetch(name, local)
-            except NotFound:
-                raise error from None
+            except NotFound as said:
+                raise NotFound(f"{error}; {said}" if "CONNITO_NATS_URL" in str(said) else str(error)) from None
             return local.get(name)
 
     def permit(self, experts: Sequence[Expert], verb: str, agreement: Agreement) -> Permission:

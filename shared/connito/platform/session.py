@@ -47,7 +47,15 @@ class Session:
         if (elsewhere := cls._elsewhere(data_dir)) is not None:
             return elsewhere
         data = DataDir.at(data_dir)
-        platform, resting = _platform(data, wake=wake)
+        try:
+            platform, resting = _platform(data, wake=wake)
+        except NotFound as error:
+            if data_dir is None and "CONNITO_KEY_FILE" in os.environ:
+                lacking = (
+                    "there is a key, CONNITO_KEY_FILE, and no address: set CONNITO_NATS_URL to that of its platform"
+                )
+                raise NotFound(f"{lacking}; here {error}") from error
+            raise
         identity = Identity.load(data.keys / f"{role}.nk")
         return cls(platform.nats_url, identity, Roster.load(data.roster), data, platform, resting=resting)
 
