@@ -7,11 +7,13 @@ written here, not by `connito.render.formats`, which may change.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from connito.library.artifact import CARD_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
+from connito.library.record import CARD_IN_WORDS
 from connito.library.schema import Contributor, ExpertRecord, Loss, Score, Start, Version
 
 _CARD = """\
@@ -95,7 +97,7 @@ _USE = """\
 import connito
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base_name}")
+model = AutoModelForCausalLM.from_pretrained({base})
 loaded = connito.load_expert(model, "{expert_id}/")
 loaded.remove()  # the base again, bit for bit
 ```
@@ -204,7 +206,9 @@ def _intro(record: ExpertRecord) -> str:
 def _maker(record: ExpertRecord) -> str:
     if "derived" in record:
         return f"`{record['derived']['verb']}`, {record['created']}"
-    return f"run `{record['run']}`, {len(record['lineage'])} versions, finished {record['created']}"
+    count = len(record["lineage"])
+    versions = "1 version" if count == 1 and _in_words(record) else f"{count} versions"
+    return f"run `{record['run']}`, {versions}, finished {record['created']}"
 
 
 def _parents(record: ExpertRecord) -> str:
@@ -216,9 +220,24 @@ def _parents(record: ExpertRecord) -> str:
     )
 
 
+def _in_words(record: ExpertRecord) -> bool:
+    """Tell whether a card is written as since protocol version 3; that of an older run keeps its bytes."""
+    return "derived" in record or record.get("protocol", 0) >= CARD_IN_WORDS
+
+
 def _visibility(record: ExpertRecord) -> str:
     rules = governance(record)
-    return rules["organisation"] if rules["visibility"] == "organisation" else str(rules["visibility"])
+    if not _in_words(record):
+        return rules["organisation"] if rules["visibility"] == "organisation" else str(rules["visibility"])
+    group = f"members of {rules['organisation']}"
+    return {"public": "everybody", "private": "its owner alone", "organisation": group}[rules["visibility"]]
+
+
+def _base_to_load(record: ExpertRecord) -> str:
+    """Return what to give to transformers: a repository of a hub, or a folder that only its reader knows."""
+    name = _text(record["base"]["name"])
+    folder = _in_words(record) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None
+    return f'"path/to/{name}"' if folder else f'"{name}"'
 
 
 def _lineage_row(row: Version) -> str:
@@ -257,7 +276,7 @@ def render(record: ExpertRecord) -> str:
         losses_plot=f"\n![change of the loss]({LOSSES})\n" if LOSSES in drawn else "",
         experts_plot=f"\n![experts by layer]({EXPERTS})\n" if EXPERTS in drawn else "",
         scores=_scores(record),
-        use=use.format(base_name=_text(record["base"]["name"]), expert_id=record["expert_id"]),
+        use=use.format(base=_base_to_load(record), expert_id=record["expert_id"]),
         expert_id=record["expert_id"],
         domain=_text(record["domain"]),
         intro=_intro(record),

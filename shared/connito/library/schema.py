@@ -169,6 +169,8 @@ class ExpertRecord(TypedDict):
     domain: str
     version: NotRequired[int]
     parents: NotRequired[list[str]]
+    # Of its run, from version 3 on: how its card is written.
+    protocol: NotRequired[int]
     run: str
     created: str
     base: Base

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from connito.library.card import render, write_card
 from connito.library.record import build_record, encode
+from connito.v1 import run_pb2
 from connito.wire.facts import RunFacts
+
+from .conftest import Pairs
 
 
 def test_the_head_is_yaml_that_model_hubs_read(finished: RunFacts) -> None:
@@ -47,3 +52,22 @@ def test_records_and_their_cards_are_the_same_bytes_in_every_version(finished: R
     record = build_record(finished, "e" * 64, 1200, 300)
     digests = [hashlib.sha256(data).hexdigest()[:16] for data in (encode(record), render(record).encode())]
     assert digests == ["0448fab0d387df27", "f4f8da3c7f0b6274"]
+
+
+@pytest.mark.parametrize(
+    ("visibility", "organisation", "said"),
+    [("", "", "everybody"), ("private", "", "its owner alone"), ("organisation", "clinic", "members of clinic")],
+)
+def test_a_card_says_in_words_who_sees_an_expert_and_where_its_base_is(
+    pairs: Pairs, rebuild: Callable[[Pairs], RunFacts], visibility: str, organisation: str, said: str
+) -> None:
+    created = next(message for _, message in pairs if isinstance(message, run_pb2.RunCreated))
+    created.spec.protocol_version, created.spec.visibility, created.spec.organisation = 3, visibility, organisation
+    record = build_record(rebuild(pairs), "e" * 64, 1200, 300)
+    record["lineage"] = record["lineage"][:1]
+    card = render(record)
+    assert f"| visible to | {said} |" in card
+    assert 'from_pretrained("path/to/smol")' in card
+    assert "run `run-1`, 1 version, finished" in card
+    record["base"]["name"] = "ada/smol-2"
+    assert 'from_pretrained("ada/smol-2")' in render(record), "a hub has it"
