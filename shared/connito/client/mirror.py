@@ -54,7 +54,8 @@ def mirror(data: DataDir, shelf: Shelf) -> None:
 
 
 async def _copy(session: Session, shelf: Shelf) -> None:
-    viewer, store, held = Viewer(session.identity.public), session.store(), shelf.held()
+    me, store, held = session.identity.public, session.store(), shelf.held()
+    viewer = Viewer(me, session.roster.memberships(me))
     async with session.bus() as bus:
         runs = (await read_log(bus, session.roster)).runs
         for run, facts in runs.items():

@@ -78,7 +78,9 @@ class Session:
         """Return the customer's key that `open` would act with, and its organisations; also where nothing runs. Nobody's where
         there is none.
         """
-        data, found = DataDir.at(data_dir), cls._elsewhere(data_dir)
+        # Who has named no key is nobody, and may still use what lies here.
+        found = cls._elsewhere(data_dir) if os.environ.get("CONNITO_KEY_FILE") else None
+        data = DataDir.at(data_dir)
         if found is not None:
             return found.identity.public, found.roster.memberships(found.identity.public)
         mine = data.keys / "customer.nk"

@@ -15,11 +15,13 @@ import pytest
 from connito.client import mirror
 from connito.client.mirror import shelve
 from connito.errors import Invalid, VerificationFailed
+from connito.library.governance import Viewer
 from connito.library.schema import read_record
 from connito.library.shelf import Shelf
 from connito.platform.session import Session
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.v1.services_pb2 import ExpertSummary
+from connito.wire.roster import Roster
 
 from tests.support.library import expert_record
 
@@ -67,7 +69,7 @@ def test_what_the_library_did_not_name_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_be_read_keeps_no_other_from_the_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf, copied = Shelf(tmp_path), list[str]()
+    shelf, copied, eyes = Shelf(tmp_path), list[str](), set[Viewer]()
 
     class Log:
         async def last_record(self, _: str) -> None: ...
@@ -83,13 +85,16 @@ def test_one_that_cannot_be_read_keeps_no_other_from_the_shelf(tmp_path: Path, m
     async def read(*_: object) -> object:
         return SimpleNamespace(runs={"run": SimpleNamespace(deposits={"damaged": "damaged", "whole": "whole"})})
 
-    async def shelve_one(_store: object, _shelf: object, _viewer: object, deposit: str, _signed: object) -> None:
+    async def shelve_one(_store: object, _shelf: object, viewer: Viewer, deposit: str, _signed: object) -> None:
         if deposit == "damaged":
             raise Invalid("it is no record of a library expert")
         copied.append(deposit)
+        eyes.add(viewer)
 
     monkeypatch.setattr(mirror, "read_log", read)
     monkeypatch.setattr(mirror, "_shelve", shelve_one)
-    session = SimpleNamespace(identity=SimpleNamespace(public="C"), roster=None, store=lambda: None, bus=bus)
+    roster = Roster({}, organisations={"clinic": frozenset({"C"}), "bank": frozenset({"D"})})
+    session = SimpleNamespace(identity=SimpleNamespace(public="C"), roster=roster, store=lambda: None, bus=bus)
     asyncio.run(mirror._copy(cast(Session, session), shelf))
     assert copied == ["whole"]
+    assert eyes == {Viewer("C", frozenset({"clinic"}))}, "experts of the customer's organisations, too"

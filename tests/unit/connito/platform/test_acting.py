@@ -37,6 +37,8 @@ def test_a_customer_with_only_a_key_and_an_address_is_the_owner_of_what_is_priva
     monkeypatch.setenv("CONNITO_KEY_FILE", str(tmp_path / "other.nk"))
     assert holdings(None, None).viewer == Viewer(OTHER.public, frozenset({"bank"}))
     assert not holdings(None, None).viewer.sees(PRIVATE)
+    monkeypatch.delenv("CONNITO_KEY_FILE")
+    assert holdings(tmp_path, None).viewer == Viewer(), "a folder is used without any key"
 
 
 def test_a_key_without_an_address_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
