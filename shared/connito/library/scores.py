@@ -33,7 +33,11 @@ def ends_wait(record: Record, roster: Roster) -> bool:
         fact = verify_fact(record, roster)
     except Invalid:
         return False
-    return not isinstance(fact.message, RunPaused) or fact.message.action == benchmark_key(fact.run)
+    return not isinstance(fact.message, RunPaused) or _says_so(fact.message, fact.run)
+
+
+def _says_so(notice: RunPaused, run: str) -> bool:
+    return notice.service in ("aggregator", "library") and notice.action == benchmark_key(run)
 
 
 def unscored_for(facts: RunFacts) -> str:
@@ -44,8 +48,7 @@ def unscored_for(facts: RunFacts) -> str:
 
 def _notice(facts: RunFacts) -> Fact[RunPaused] | None:
     notices = facts.many(RunPaused, "run", 0, "paused").values()
-    told = [fact for fact in notices if fact.message.service in ("aggregator", "library")]
-    found = [fact for fact in told if fact.message.action == benchmark_key(facts.run)]
+    found = [fact for fact in notices if _says_so(fact.message, facts.run)]
     return min(found, key=lambda fact: fact.time_unix_ms, default=None)
 
 

@@ -29,6 +29,7 @@ from tests.support.waiting import PATIENCE
 LIBRARY = Identity.generate(b"library".ljust(32))
 COORDINATOR = Identity.generate(b"coordinator".ljust(32))
 AGGREGATOR = Identity.generate(b"aggregator".ljust(32))
+VALIDATOR = Identity.generate(b"validator".ljust(32))
 
 
 def record(sequence: int, kind: str, message: run_pb2.RunCreated | run_pb2.RunEnded) -> Record:
@@ -154,8 +155,8 @@ def said(sequence: int, by: Identity, section: str, kind: str, message: Message,
     return Record(stream, sequence, subject, seal(by, subject, message).SerializeToString(), 0)
 
 
-def paused(number: int, by: Identity, action: str) -> Record:
-    message = run_pb2.RunPaused(run="r", key=by.public, service="aggregator", action=action, detail="no harness")
+def paused(number: int, by: Identity, action: str, service: str = "aggregator") -> Record:
+    message = run_pb2.RunPaused(run="r", key=by.public, service=service, action=action, detail="no harness")
     return said(number, by, "run", "paused", message, by.public)
 
 
@@ -165,12 +166,15 @@ def paused(number: int, by: Identity, action: str) -> Record:
         (said(1, AGGREGATOR, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="r")), True),
         (paused(1, AGGREGATOR, benchmark_key("r")), True),
         (paused(1, AGGREGATOR, "merge"), False),
+        # A notice that a record would not take for one.
+        (paused(1, VALIDATOR, benchmark_key("r"), "validator"), False),
         (said(1, LIBRARY, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="r")), False),
         (said(1, AGGREGATOR, "library", "benchmarked", run_pb2.BenchmarksMeasured(run="another")), False),
     ],
 )
 async def test_what_ends_the_wait_for_scores_is_said_by_who_may(news: Record, ends: bool) -> None:
-    roster = Roster({"aggregator": frozenset({AGGREGATOR.public}), "library": frozenset({LIBRARY.public})})
+    keys = {"aggregator": AGGREGATOR, "library": LIBRARY, "validator": VALIDATOR}
+    roster = Roster({role: frozenset({key.public}) for role, key in keys.items()})
     assert ends_wait(news, roster) is ends
 
 
