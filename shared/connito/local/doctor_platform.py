@@ -94,11 +94,13 @@ def _where(facts: RunFacts, stake: Stake) -> str:
 
 
 def _overdue(facts: RunFacts, stake: Stake) -> bool:
+    from connito.protocol import rules
     from connito.protocol.quorum import pause
 
     window, now = facts.open_window, int(time.time() * 1000)
-    deadline = 0 if window is None else window.deadline_unix_ms
-    return bool(deadline and now > deadline + 60_000 and pause(facts, now, stake) is None)
+    if window is None or not window.deadline_unix_ms or pause(facts, now, stake) is not None:
+        return False
+    return now > rules.deadline_ms(facts, window) + 60_000
 
 
 async def _expiries(session: Session) -> list[Check]:
