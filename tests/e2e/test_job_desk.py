@@ -8,10 +8,8 @@ import hashlib
 import inspect
 import json
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from connito.base.recipes import build_cached
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
+from connito.platform.accounts import Accounts
 from connito.platform.datadir import DataDir
 from connito.platform.log import read_log
 from connito.platform.session import Session
@@ -30,56 +29,16 @@ from connito.wire.locked import unlocked
 from connito.wire.sealing import MEDIA_TYPE, NoKey, parse_boxes, unsealed
 from connito.workloads.fetching import holdout_refs
 
+from tests.support.desk_files import docstrings, functions, quiz, rows
+from tests.support.elsewhere import Elsewhere, completed, models
+from tests.support.hub import Hub
+
+from .conftest import environment
 from .test_detached import SMALL, Platform, until_finished
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 POLICIES = {"scoring": {"confidence": 0.9}, "training": {"local_steps": 24}}
-
-
-def functions(*modules: ModuleType) -> list[str]:
-    """Real text: the source of functions of the standard library."""
-    return [
-        textwrap.dedent(inspect.getsource(thing))
-        for module in modules
-        for _, thing in sorted(inspect.getmembers(module, inspect.isfunction))
-        if thing.__module__ == module.__name__
-    ]
-
-
-def docstrings(*modules: ModuleType) -> list[str]:
-    found = [
-        ast.get_docstring(node) or ""
-        for module in modules
-        for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    ]
-    return [text for text in found if len(text) > 100]
-
-
-def rows(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"name": text[:20], "body": text}) + "\n" for text in texts))
-
-
-def quiz(folder: Path) -> None:
-    """A task of lm-evaluation-harness: whether code goes on as code or as verse."""
-    folder.mkdir()
-    items = [
-        {"given": f"def f{n}(self, value):\n    ", "good": f"return value + {n}", "bad": "ὦ σελήνη"} for n in range(12)
-    ]
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (folder / "task.yaml").write_text("""
-task: goes_on
-dataset_path: json
-dataset_kwargs: {data_files: {test: items.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{given}}"
-doc_to_choice: "{{[bad, good]}}"
-doc_to_target: 1
-target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-""")
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +242,68 @@ async def test_a_validator_that_is_admitted_late_reads_the_hold_outs_that_are_le
         assert Corpus.load(unsealed(sealed, ref, late, spec.customer, lent).read_bytes())
         with pytest.raises(Invalid):
             unsealed(sealed, ref, Identity.generate(), spec.customer, lent)
+
+
+@pytest.mark.timeout(700)
+def test_a_private_expert_is_its_owners_from_everywhere_and_nobody_elses(
+    platform: Platform, run: str, desk: Path, tmp_path: Path
+) -> None:
+    """The owner has a key and an address, and so has another customer; neither has the platform's folder."""
+    data, base, text = DataDir.at(platform.data), build_cached("tiny", silent) / "model", tmp_path / "prose.txt"
+    prose = [json.loads(row)["body"] for row in (desk / "prose.jsonl").read_text().splitlines()]
+    text.write_text("\n\n".join(prose)[:20_000])
+    other = Accounts(data.root).welcome("customer", Identity.generate())
+    roster = json.loads(before := data.roster.read_text())
+    roster["keys"]["customer"] = [*roster["keys"]["customer"], other.public]
+    data.roster.write_text(json.dumps(roster))
+    try:
+        owner = Elsewhere(tmp_path / "owner", Identity.load(data.keys / "customer.nk"), data, environment())
+        stranger = Elsewhere(tmp_path / "stranger", other, data, environment())
+    finally:
+        data.roster.write_text(before)
+    (expert,) = [row["expert_id"] for row in owner.json("library", "list")["experts"] if row["run"] == run]
+    shrink = ("--base", base, "--data", text, "--method", "router-weighted", "--max-experts", 16)
+    verbs: dict[str, tuple[object, ...]] = {
+        "show": ("library", "show", expert),
+        "export": ("library", "export", expert, "--out", "exported"),
+        "prune": ("library", "prune", *shrink, "--with", expert, "--out", "pruned"),
+        "evaluate": ("evaluate", expert, "--base", base, "--cloze", f"prose={text}", "--limit", 4),
+        "push": ("library", "push", expert, "ada/python"),
+    }
+    assert expert not in str(stranger.json("library", "list"))
+    with Hub() as hub:
+        for name, verb in verbs.items():
+            done = stranger.connito(*verb, hub=hub)
+            assert (name, done.returncode) in ((name, 3), (name, 4)), done.stdout + done.stderr
+            (said,) = [line for line in done.stderr.splitlines() if "no expert" in line]
+            assert done.stderr.splitlines()[-1] == said
+            assert "Traceback" not in done.stderr
+        assert not hub.repositories
+        found = {name: owner.json(*verb, hub=hub) for name, verb in verbs.items()}
+        assert hub.repositories["ada/python"].private
+    assert not [path.name for path in stranger.folder.iterdir() if path.name in ("exported", "pruned")]
+    assert found["show"]["record"]["governance"]["visibility"] == "private"
+    assert found["prune"]["governance"]["visibility"] == "private"
+    assert found["evaluate"]["scores"]
+    digest = found["show"]["record"]["expert"]["digest"]
+    assert hashlib.sha256((owner.folder / "exported" / "expert.safetensors").read_bytes()).hexdigest() == digest
+    served_to(owner, stranger, expert, base)
+
+
+def served_to(owner: Elsewhere, stranger: Elsewhere, expert: str, base: Path) -> None:
+    """A server of the owner's lists and answers to keys that may see the expert, a stranger's to nobody."""
+    name = f"tiny+{expert}"
+    users = [{"key": "owner" * 4, "name": owner.key}, {"key": "other" * 4, "name": stranger.key}]
+    (owner.folder / "users.yaml").write_text(json.dumps(users))
+    options = ("--base", base, "--name", "tiny")
+    with owner.serving(*options, "--keys", "users.yaml") as its, stranger.serving(*options) as theirs:
+        assert models(its, "owner" * 4) == ["tiny", name]
+        assert completed(its, name, "owner" * 4)[0] == 200
+        for address, key in ((its, "other" * 4), (theirs, "none")):
+            assert models(address, key) == ["tiny"]
+            assert completed(address, "tiny", key)[0] == 200
+            status, said = completed(address, name, key)
+            assert (status, "does not exist or you may not use it" in said) == (404, True)
 
 
 def test_the_next_job_starts_from_the_shelf_and_the_audit_chooses_again(
