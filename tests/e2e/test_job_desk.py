@@ -398,6 +398,6 @@ def test_a_bad_job_is_refused_before_anything_is_spent(platform: Platform, desk:
     for verb in ("check", "submit"):
         done = platform.connito("job", verb, bad)
         assert (verb, done.returncode) == (verb, 3), done.stdout + done.stderr
-        assert "did you mean Apache-2.0?" in done.stderr
+        assert "did you mean Apache-2.0?" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
     assert platform.json("job", "list") == before
