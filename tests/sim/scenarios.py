@@ -55,12 +55,14 @@ def clocks_apart(seed: int) -> Scenario:
     return Scenario(storm=("kill", "pause"), every=0.8, skew=1800, limit=400)
 
 
-def after_a_reveal(seconds: float, gone: tuple[str, ...] = ("store",)) -> tuple[Happening, ...]:
-    """Store, broker or both go away at the moment at which a reveal is stored, and come back."""
+def after_a_reveal(seconds: float, gone: tuple[str, ...] = ("store",), *, answered: int = 0) -> tuple[Happening, ...]:
+    """Store, broker or both go away at the moment at which a reveal is stored, beside so many answered ones, and come back."""
     done: list[object] = []
 
     def look(world: World) -> None:
-        if not done and any(record.subject.endswith(".reveal") for record in world.broker.records("INGRESS")):
+        reveals = sum(record.subject.endswith(".reveal") for record in world.broker.records("INGRESS"))
+        accepted = sum(".submit.1.accepted." in subject for subject in world.broker.last)
+        if not done and reveals > answered and (not answered or accepted == answered):
             leave = {"store": world.store.leave, "broker": world.broker.stop}
             done.extend(leave[what](seconds) for what in gone)
 
@@ -69,6 +71,11 @@ def after_a_reveal(seconds: float, gone: tuple[str, ...] = ("store",)) -> tuple[
 
 def outage(seed: int) -> Scenario:
     return Scenario(script=after_a_reveal(60), limit=1000)
+
+
+def outage_once_heard(seed: int) -> Scenario:
+    """The window has heard one miner, and so waits for the others no longer than was announced."""
+    return Scenario(miners=4, script=after_a_reveal(60, answered=1), limit=1000)
 
 
 def long_outage(seed: int) -> Scenario:

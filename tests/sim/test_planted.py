@@ -18,7 +18,7 @@ BUGS: dict[str, tuple[type[World], Callable[[int], Scenario]]] = {
     "acknowledged before it is answered": (planted.AckFirst, scenarios.rough),
     "closed on what happens to be known": (with_bus(planted.StaleEnd), scenarios.rough),
     "gone by the word of a replica": (with_bus(planted.ReplicasWord), scenarios.behind),
-    "settled early": (with_bus(planted.SettleEarly), scenarios.outage),
+    "settled early": (with_bus(planted.SettleEarly), scenarios.outage_once_heard),
     "given up after three deliveries": (with_bus(handled(planted.give_up)), scenarios.outage),
     "a reveal is skipped": (with_bus(handled(planted.skip_one)), scenarios.drift),
     "deadlines by the machine's clock": (with_bus(planted.OwnClock), scenarios.clocks_apart),
