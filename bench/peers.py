@@ -41,11 +41,11 @@ POLLING = {
 }
 PROGRAMS = Path(__file__).parent / "peer_programs"
 MARK = "PEERS_BENCH_MARK"
-# What the peers are compared at; a later version is another measurement.
 PEERS = (
     ("NVFlare", "nvflare", "nvflare_job.py", "site-1.times"),
     ("Flower", "flwr", "flower_job.py", "server.times"),
 )
+# What the peers are compared at; a later version is another measurement.
 VERSIONS = {"flwr": "1.42.0", "nvflare": "2.9.0"}
 
 

@@ -410,8 +410,7 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
     assert nothing(world) is None
 
 
-def test_one_cycle_is_not_cycles() -> None:
-    world = World(cycles=1)
+def ended_after_one_cycle(world: World) -> run_pb2.RunEnded:
     world.created()
     world.selected()
     world.miners("ma")
@@ -422,23 +421,17 @@ def test_one_cycle_is_not_cycles() -> None:
     action = step(world)
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, run_pb2.RunEnded)
-    assert action.message.detail == "all 1 cycle done"
+    return action.message
+
+
+def test_one_cycle_is_not_cycles() -> None:
+    assert ended_after_one_cycle(World(cycles=1)).detail == "all 1 cycle done"
 
 
 def test_a_run_ends_when_its_objective_is_met() -> None:
-    world = World(improvement=0.5)
-    world.created()
-    world.selected()
-    world.miners("ma")
-    world.validators("va")
-    to_window(world, "merge", 1)
-    everybody_acts(world)
-    closed(world, "merge", 1)
-    action = step(world)
-    assert isinstance(action, PublishFact)
-    assert isinstance(action.message, run_pb2.RunEnded)
-    assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 1)
-    assert "the objective is met after cycle 1 of 2" in action.message.detail
+    message = ended_after_one_cycle(World(improvement=0.5))
+    assert (message.outcome, message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 1)
+    assert "the objective is met after cycle 1 of 2" in message.detail
 
 
 def test_a_cancelled_run_is_left_alone(world: World) -> None:
