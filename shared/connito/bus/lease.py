@@ -17,6 +17,7 @@ from connito.errors import Retry
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
+from connito.runtime.waiting import WAITING
 
 log = get_logger("lease")
 
@@ -31,6 +32,7 @@ class Lease:
 
     def __init__(self, bus: Bus, name: str, ttl: float = LEASE_TTL, token: bytes = b"") -> None:
         self._bus, self.name, self.ttl = bus, name, ttl
+        self._what = f"lease of {name}"
         self.revision = 0
         self.lost = asyncio.Event()
         # Tells our own entry from that of a replica with the same key; one of before is taken over.
@@ -76,6 +78,7 @@ class Lease:
         asked = self._bus.host.monotonic()
         try:
             if not await self._write(None):
+                WAITING.end(self._what)
                 return False
         except BucketNotFoundError:
             log.warning("the broker has no lease bucket; run `connito streams ensure`", lease=self.name)
@@ -83,8 +86,11 @@ class Lease:
             return False
         except (TimeoutError, NatsError, OSError) as error:
             log.warning("cannot ask for the lease, trying again", lease=self.name, error=str(error))
+            problem = Retry(f"the broker does not grant this service its lease: {error}", dependency="broker")
+            WAITING.begin(self._what, problem, "", 0.5)
             await asyncio.sleep(0.5)
             return False
+        WAITING.end(self._what)
         self._good_until = asked + self.ttl
         return True
 

@@ -26,7 +26,7 @@ from connito.local.display import Display
 from connito.local.installation import Installation
 from connito.local.processes import Program
 from connito.local.tasks import read_lines
-from connito.platform.servers import last_lines
+from connito.platform.spawning import last_lines
 from connito.protocol.entitlement import base_proof
 from connito.store.cache import Cache
 from connito.v1.run_pb2 import BaseRef, CorpusRef, RunSpec

@@ -19,7 +19,8 @@ from connito.local.footprint import trim
 from connito.local.patience import patiently
 from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
-from connito.platform.servers import Server, last_lines
+from connito.platform.servers import Server
+from connito.platform.spawning import last_lines
 from connito.runtime.tasks import end_tasks
 
 # What dies this often within the window will not get better by being started once more.
@@ -29,6 +30,8 @@ _FIRST_DELAY, _LAST_DELAY = 0.2, 5.0
 # One that others can do without is tried again after this long.
 _ASIDE_SECONDS = 60.0
 _LOOK_EVERY, _TRIM_EVERY = 0.25, 30.0
+# How often a server that runs is asked whether it can still write.
+_ASK_EVERY = 3.0
 # With less than this free nothing that is started can write, which is no fault of its own.
 _FULL_BYTES = 16 << 20
 
@@ -143,13 +146,17 @@ class Supervisor:
             await patiently(kept.name, partial(self._launch, kept, program, launcher), self._announce)
 
     async def _watch_server(self, kept: _Supervised, server: Server) -> None:
+        asked = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             if server.running:
+                if time.monotonic() - asked >= _ASK_EVERY:
+                    await self._end_stuck(server)
+                    asked = time.monotonic()
                 continue
             assert server.process is not None
             code = int(server.process.returncode)
-            await self._rest(kept, code)
+            await self._rest(kept, code, server.data_dir)
             await self._wait_for_ports(server)
             self._again(kept, code)
             try:
@@ -162,6 +169,13 @@ class Supervisor:
             kept.pid = server.pid
             self._write_pids()
 
+    async def _end_stuck(self, server: Server) -> None:
+        """End a server that runs and cannot write any more, once there is room: started again it can."""
+        if (why := await server.stuck()) and server.running:
+            self._announce(f"{server.program} cannot write, and is ended to be started again: {why}")
+            await self._room(server.program, server.data_dir)
+            await asyncio.to_thread(server.stop)
+
     async def _start_server(self, server: Server) -> None:
         """Start a server; one that starts while everything stops must still be stopped, and so is not left half-way.
 
@@ -172,22 +186,25 @@ class Supervisor:
             await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(server.start)))
         except (Invalid, Retry) as error:
             # One whose port is taken, or that is set up wrongly, has no process yet: that is no want of room.
-            if server.process is before or server.running or not self._full():
+            if server.process is before or server.running or not _full(server.data_dir):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(server.data_dir)) from error
 
-    def _full(self) -> bool:
-        return shutil.disk_usage(self._data.root).free < _FULL_BYTES
-
-    async def _rest(self, kept: _Supervised, code: int) -> None:
+    async def _rest(self, kept: _Supervised, code: int, folder: Path | None = None) -> None:
         """Wait until what died may start again, on a full disk until there is room. Raises `Fatal` when it died too often."""
-        told = False
-        while self._full():
-            if not told:
-                self._announce(f"{kept.name} ended, and waits: the disk of {self._data.root} is full; free space there")
-            told, kept.deaths = True, []
-            await asyncio.sleep(_FIRST_DELAY)
+        if await self._room(f"{kept.name} ended, and", folder or self._data.root):
+            kept.deaths = []
         await asyncio.sleep(kept.died(code, time.monotonic()))
+
+    async def _room(self, who: str, folder: Path) -> bool:
+        """Wait until there is room on a disk, and say so; return whether that had to be waited for."""
+        told = False
+        while _full(folder):
+            if not told:
+                self._announce(f"{who} waits: the disk of {folder} is full; free space there")
+            told = True
+            await asyncio.sleep(_FIRST_DELAY)
+        return told
 
     async def _wait_for_ports(self, server: Server) -> None:
         """Wait until nobody else has a server's port: everybody here knows it by that one."""
@@ -253,6 +270,10 @@ class Supervisor:
             for name, kept in self._kept.items()
             if kept.pid
         }
+
+
+def _full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _FULL_BYTES
 
 
 def describe_exit(code: int) -> str:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,26 +160,48 @@ class Accounts:
 
     async def push(self, url: str, tls: Tls = PLAIN) -> None:
         """Tell the running broker, and through it every server of its cluster, what has changed. Raises `Retry`."""
+        tokens = self._tokens()
+        try:
+            async with self._system(url, tls) as client:
+                # The server's own account last: this very connection is one of it.
+                for name in (PLATFORM, *ACCOUNTS, SYSTEM):
+                    claims = tokens[self._state()["accounts"][name]].encode()
+                    reply = await client.request("$SYS.REQ.CLAIMS.UPDATE", claims, timeout=PUSH_SECONDS)
+                    if (refused := json.loads(reply.data).get("error")) is not None:
+                        raise Invalid(
+                            f"the broker at {url} does not take the account {name}: {refused.get('description')}"
+                        )
+        except (NatsError, OSError, TimeoutError, ValueError) as error:
+            raise Retry(
+                f"the files are written, but the broker at {url} cannot be told ({error or type(error).__name__}); it "
+                "trusts another operator, or is away: repeat the command once it is there"
+            ) from error
+
+    async def write_error(self, url: str) -> str:
+        """Return what keeps the broker from writing a stream; empty while nothing does, or while it does not answer.
+
+        A stream that a write once failed in refuses every other one until the broker is started again, room or not.
+        """
+        with suppress(NatsError, OSError, TimeoutError, ValueError):
+            async with self._system(url, PLAIN) as client:
+                reply = await client.request("$SYS.REQ.SERVER.PING.HEALTHZ", b"{}", timeout=PUSH_SECONDS)
+                problem = str(json.loads(reply.data).get("data", {}).get("error", ""))
+                return problem if "write error" in problem else ""
+        return ""
+
+    @asynccontextmanager
+    async def _system(self, url: str, tls: Tls) -> AsyncIterator[Client]:
+        """Yield a connection to the server's own account, with a key of the moment."""
         someone = Identity.generate()
         token = self._pass(SYSTEM, SYSTEM, someone.public)
-        client, tokens = Client(), self._tokens()
+        client = Client()
         options: dict[str, Any] = {"tls": tls.context()} if tls.own or url.startswith("tls://") else {}
         try:
             await client.connect(
                 broker_addresses(url), user_jwt_cb=token.encode, allow_reconnect=False, connect_timeout=2, error_cb=_silent,
                 signature_cb=lambda nonce: base64.b64encode(someone.sign_nonce(nonce.encode())), **options,
             )  # fmt: skip
-            # The server's own account last: this very connection is one of it.
-            for name in (PLATFORM, *ACCOUNTS, SYSTEM):
-                claims = tokens[self._state()["accounts"][name]].encode()
-                reply = await client.request("$SYS.REQ.CLAIMS.UPDATE", claims, timeout=PUSH_SECONDS)
-                if (refused := json.loads(reply.data).get("error")) is not None:
-                    raise Invalid(f"the broker at {url} does not take the account {name}: {refused.get('description')}")
-        except (NatsError, OSError, TimeoutError, ValueError) as error:
-            raise Retry(
-                f"the files are written, but the broker at {url} cannot be told ({error or type(error).__name__}); it "
-                "trusts another operator, or is away: repeat the command once it is there"
-            ) from error
+            yield client
         finally:
             await client.close()
 

@@ -26,7 +26,7 @@ from connito.errors import Fatal, Invalid, Retry
 from connito.files import write_durably
 from connito.platform import durable_objects, store_guard
 from connito.platform.accounts import JETSTREAM, SERVER, Accounts
-from connito.platform.spawning import spawn
+from connito.platform.spawning import last_lines, spawn
 from connito.runtime.progress import Notify
 
 START_SECONDS = 60.0
@@ -81,6 +81,10 @@ class Server:
     def running(self) -> bool:
         """Return whether the process is there."""
         return self.process is not None and self.process.poll() is None
+
+    async def stuck(self) -> str:
+        """Return what only another start ends, though it runs; or the empty string."""
+        return ""
 
     def start(self, progress: Notify | None = None) -> Self:
         """Start, and return once it really serves. Raises `Invalid` with the last lines of its log when it ends
@@ -227,6 +231,10 @@ class NatsServer(Server):
     def url(self) -> str:
         """Return the value of CONNITO_NATS_URL."""
         return f"nats://127.0.0.1:{self.port}"
+
+    async def stuck(self) -> str:
+        """Return why a stream takes nothing more."""
+        return "" if self.accounts is None else await self.accounts.write_error(self.url)
 
     def _ports(self) -> dict[str, int]:
         return {"clients": self.port}
@@ -383,16 +391,3 @@ def _open(account: str) -> dict[str, Any]:
     """Return the configuration that lets everybody into one account, under its own name."""
     users = [{"user": "anybody", "password": "anybody"}]
     return {"accounts": {account: {"jetstream": "enabled", "users": users}}, "no_auth_user": "anybody"}
-
-
-# How Go programs begin the line that says why they end; a dump of all that they were doing follows.
-_WHY = re.compile(r"F\d{4} |panic: |fatal error: |.*\[FTL\] ")
-
-
-def last_lines(path: Path, count: int = 8) -> str:
-    """Return the end of a log, or the lines in it that say why a server ended, indented; empty when there is none."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()[-1000:]
-    except OSError:
-        return ""
-    return "\n".join(f"  {line}" for line in ([line for line in lines if _WHY.match(line)] or lines)[-count:])

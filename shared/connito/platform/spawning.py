@@ -1,4 +1,4 @@
-"""Starting children that die with this process.
+"""Starting children that die with this process, and what their logs say at the end.
 
 Linux ties a child's death signal to the thread that forked it, not to the process: a worker thread that ends would take
 its children along. So one thread, which never ends, starts them all.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import re
 import signal
 import subprocess
 import threading
@@ -64,3 +65,16 @@ def _spawn_for_ever() -> None:
             answer.set_exception(Fatal(f"cannot start {command[0]}: {error.strerror}"))
         else:
             answer.set_result(process)
+
+
+# How Go programs begin the line that says why they end; a dump of all that they were doing follows.
+_WHY = re.compile(r"F\d{4} |panic: |fatal error: |.*\[FTL\] ")
+
+
+def last_lines(path: Path, count: int = 8) -> str:
+    """Return the end of a log, or the lines in it that say why a server ended, indented; empty when there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()[-1000:]
+    except OSError:
+        return ""
+    return "\n".join(f"  {line}" for line in ([line for line in lines if _WHY.match(line)] or lines)[-count:])

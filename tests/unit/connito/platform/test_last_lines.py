@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from connito.platform.servers import last_lines
+from connito.platform.spawning import last_lines
 
 DUMP = "".join(f"goroutine {number} [running]:\n" for number in range(300))
 
