@@ -18,7 +18,8 @@ from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.datadir import DataDir, default_data_dir
 from connito.platform.servers import NatsServer, ObjectStore
-from connito.platform.session import BUCKET, REGION, Session, log_to
+from connito.platform.session import BUCKET, REGION, Session
+from connito.runtime.logs import quiet
 from connito.runtime.progress import Notify
 from connito.store import ArtifactStore
 from connito.store.cache import Cache
@@ -144,7 +145,7 @@ async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
             raise NotFound(f"{folder} is not what `connito up` leaves behind: {needed.name} is missing there")
     data = DataDir(folder.absolute())
     stack.enter_context(data.lock())
-    log_to(None)
+    quiet()
     nats = NatsServer(data.root / "nats", log_file=fresh / "nats-server.log")
     weed = ObjectStore(data.root / "objects", secret_key=secret.read_text().strip(), log_file=fresh / "weed.log")
     for server in (nats, weed):

@@ -24,10 +24,10 @@ from connito.local.footprint import tidy
 from connito.local.machine_limits import check_limits
 from connito.local.outcome import check_outcome
 from connito.platform.datadir import DataDir, is_running
-from connito.platform.session import log_to
 from connito.render import formats
 from connito.runtime import scratch
 from connito.runtime.compute import usable_cores
+from connito.runtime.logs import keep_log
 from connito.runtime.tasks import blocking, end_tasks
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class _Up:
         from connito.local.installation import Installation
         from connito.local.memory import PeakMemory
 
-        log_to(self.data.logs / "up.jsonl")
+        keep_log("cli", (self.data.logs / "up.jsonl").open("a"))  # As long as the process.
         for name in self.data.end_leftovers():
             self.display.say(f"ended {name}, left over from a run that was killed")
         options, self.begun = await begun.resume(self.options, self.data)

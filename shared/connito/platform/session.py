@@ -93,8 +93,9 @@ class Session:
     async def bus(self) -> AsyncIterator[Bus]:
         """Yield a connection to the broker. Raises `Retry` when it is away."""
         from connito.bus import Bus
+        from connito.runtime.logs import quiet
 
-        log_to(None)
+        quiet()
         async with await Bus.connect(self.nats_url, self.identity, "cli", self.roster, self.tls) as bus:
             yield bus
 
@@ -157,20 +158,6 @@ def local_store(platform: Platform, data: DataDir) -> ArtifactStore:
     return ArtifactStore(
         platform.s3_endpoint, platform.s3_access_key, platform.s3_secret_key, BUCKET, REGION, data.cache, keys=keys
     )
-
-
-def log_to(path: Path | None) -> None:
-    """Send what the library logs to a file, or nowhere: a command's own output is not the place for it."""
-    import structlog
-
-    from connito.runtime.logs import LineLogger, setup_logging
-
-    setup_logging("cli", "json", "info" if path is not None else "error")
-    if path is None:
-        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-        return
-    stream = path.open("a")  # As long as the process.
-    structlog.configure(logger_factory=lambda *_: LineLogger(stream))
 
 
 BUCKET, REGION = "connito", "us-east-1"

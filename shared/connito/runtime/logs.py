@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -18,6 +18,8 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 _current: ContextVar[str] = ContextVar("traceparent", default="")
 
 Logger = structlog.typing.FilteringBoundLogger
+# Programs of this process that have a log of their own.
+_kept: list[str] = []
 
 
 def setup_logging(service: str, log_format: str = "json", log_level: str = "info") -> None:
@@ -26,6 +28,22 @@ def setup_logging(service: str, log_format: str = "json", log_level: str = "info
     structlog.contextvars.bind_contextvars(service=service)
     # Libraries log through the standard module; their warnings come out in the same form.
     logging.basicConfig(handlers=[_StructlogHandler()], level=logging.WARNING, force=True)
+
+
+def keep_log(service: str, file: TextIO | None = None) -> None:
+    """Set up the log, on stderr or in a file, of a program that uses what commands use: from then on `quiet` does nothing."""
+    on_terminal = file is None and sys.stderr.isatty()
+    setup_logging(service, os.environ.get("CONNITO_LOG_FORMAT") or ("console" if on_terminal else "json"))
+    if file is not None:
+        structlog.configure(logger_factory=lambda *_: LineLogger(file))
+    _kept.append(service)
+
+
+def quiet() -> None:
+    """Send what is logged nowhere: a command's own output is not the place for it."""
+    if not _kept:
+        setup_logging("cli", "json", "error")
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
 def _configure(renderer: Any, level: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,23 @@ def test_lines_carry_service_run_cycle_and_trace(json_lines: Callable[..., Any])
         2,
     )
     assert line["trace_id"] == trace.split("-")[1]
+
+
+def test_a_command_is_quiet_and_a_program_with_a_log_of_its_own_stays_heard(
+    json_lines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(logs, "_kept", [])
+    logs.quiet()
+    logs.get_logger("part").error("of a command")
+    logs.keep_log("serve")
+    logs.quiet()
+    logs.get_logger("part").info("of a server")
+    assert [(line["service"], line["event"]) for line in json_lines()] == [("serve", "of a server")]
+    with (tmp_path / "up.jsonl").open("a") as file:
+        logs.keep_log("up", file)
+        logs.quiet()
+        logs.get_logger("part").info("into its file")
+    assert json.loads((tmp_path / "up.jsonl").read_text())["event"] == "into its file"
 
 
 def test_levels_below_are_left_out_and_libraries_speak_the_same(json_lines: Callable[..., Any]) -> None:
