@@ -19,6 +19,7 @@ from connito.experts.lorahub import learn_weights
 from connito.experts.measure import loss
 from connito.experts.replacement import replace_expert
 from connito.experts.routing import Routing, variants_of
+from connito.library.artifact import require_new
 from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.moe.device import device_of
@@ -174,6 +175,8 @@ def cluster(
     With `texts`, by expert id or domain, and `steps` each is trained anew on the texts of its members, as published; without,
     the members are merged with equal weights. Raises `Invalid` for an expert that there is no text of.
     """
+    if out is not None:
+        require_new(out)
     library, agreement = library or Holdings(), agreement or Agreement()
     found = [library.find(str(name)) for name in experts]
     library.permit(found, "compose", agreement)
@@ -290,6 +293,7 @@ def _write(
     measure: Mapping[str, Path] | None = None,
     trained: Rows | None = None,
 ) -> ExpertRecord:
+    require_new(out)  # Before what takes its time.
     texts = cut_by_domain(load_tokenizer(base), measure) if measure else {}
     return compose_experts(
         load_full(base, device=device_of()),

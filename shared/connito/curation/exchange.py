@@ -10,7 +10,7 @@ from typing import Any
 
 from connito.curation.holdings import Agreement, Expert, Holdings, read_folder
 from connito.errors import Invalid
-from connito.library.artifact import EXPERT_FILE, MODEL_FILE
+from connito.library.artifact import EXPERT_FILE, MODEL_FILE, require_new
 from connito.library.attestation import ATTESTATION_FILE, check_attestation
 from connito.library.derived import base_of
 from connito.library.governance import Permission
@@ -130,8 +130,7 @@ def _whole(expert: Expert, base: Path, out: Path, layout: str) -> ExpertRecord:
 
 def _copy(expert: Expert, out: Path) -> Mapping[str, object]:
     folder, record = expert
-    if out.exists() and any(out.iterdir()):
-        raise Invalid(f"{out} is not empty: choose another folder")
+    require_new(out)
     if (folder / EXPERT_FILE).is_file():
         check_expert(folder / EXPERT_FILE, record)
     out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 from connito.curation.exchange import verify
 from connito.curation.holdings import Agreement, Expert, Holdings
 from connito.errors import Invalid, NotFound, Retry
-from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_FILE
+from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_FILE, require_new
 from connito.library.card import render
 from connito.library.governance import governance
 from connito.library.record import encode
@@ -86,8 +86,8 @@ def pull(repository: str, out: Path, *, revision: str = "", library: Holdings | 
     Interrupted, the same call goes on. Raises `VerificationFailed`, with the folder left for a look, `NotFound`, `Retry`.
     """
     begun = (out / ".cache" / "huggingface").is_dir()
-    if out.exists() and any(out.iterdir()) and not begun:
-        raise Invalid(f"{out} is not empty: choose another folder")
+    if not begun:
+        require_new(out)
     with _hub():
         from huggingface_hub import snapshot_download
 

@@ -16,7 +16,7 @@ from connito.errors import Invalid, VerificationFailed
 from connito.experts.compose import Part, Recipe, Rows, base_rows, conflicts, layers_of, merge, read_part, state_of
 from connito.experts.load import check_base
 from connito.experts.measure import BaselineLosses, Texts
-from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, tensor_sizes, write_expert
+from connito.library.artifact import EXPERT_FILE, RECORD_FILE, ExpertHeader, require_new, tensor_sizes, write_expert
 from connito.library.card import write_card
 from connito.library.derived import derived_record
 from connito.library.record import encode
@@ -58,8 +58,9 @@ def compose_experts(
     Returns its record; `derived.settings` holds recipe, conflicts and `extra`. `texts`, int32 [n, L + 1] by domain, are
     measured without and with the result. The same experts, recipe and weights give the
     same expert file, byte for byte. trained: rows in place of the merged ones.
-    Raises `Invalid` for experts of another base than `model`.
+    Raises `Invalid` for experts of another base than `model`, and a folder that is not empty.
     """
+    require_new(out)
     parts, base = _read(model, experts)
     recipe, weights = mixture.recipe, mixture.weights
     chosen = {part.name: float(weights.get(part.name, 1.0)) for part in parts}

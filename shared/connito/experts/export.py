@@ -21,7 +21,7 @@ from connito.base.gguf_file import GGUF_FILE, save_gguf
 from connito.base.hub_layout import copy_companions, save_hub
 from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.experts.prune import Keep, prune
-from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, tensor_sizes
+from connito.library.artifact import MODEL_FILE, MODEL_FORMAT, RECORD_FILE, require_new, tensor_sizes
 from connito.library.attestation import ATTESTATION_FILE
 from connito.library.card import write_card
 from connito.library.derived import model_record
@@ -74,8 +74,7 @@ def export_model(
     The record is a library record: `library deposit` puts the folder on a shelf. Raises `Invalid` when layers differ in
     their number of experts or the folder is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise Invalid(f"{out} is not empty: choose another folder")
+    require_new(out)
     tell(f"writing {out}")
     counts = {len(experts) for experts in source.keep.values()}
     if len(counts) > 1:

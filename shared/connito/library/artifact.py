@@ -87,6 +87,12 @@ class ExpertHeader:
             ) from error
 
 
+def require_new(folder: Path) -> None:
+    """Raise `Invalid` for a folder that holds something already: what is put there would mix with it, or replace it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Invalid(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}: choose another folder")
+
+
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header of a safetensors file and the offset of its data. Raises `Invalid` if it is not one."""
     with path.open("rb") as file:

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from connito.library.artifact import CARD_FILE, MODEL_FORMAT
+from connito.library.artifact import CARD_FILE, MODEL_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
 from connito.library.record import CARD_IN_WORDS
@@ -45,14 +45,7 @@ Held-out loss in nats per token, on sequences that decided nothing in the run. L
 {losses}
 {losses_plot}{scores}
 
-## What it changes
-
-{selected_by}| layer | experts |
-|---:|---|
-{layers}
-{experts_plot}
-
-{lineage}## Contributors
+{changes}{lineage}## Contributors
 
 | miner | share of the reward | merged in | refused or unpaid for |
 |---|---:|---:|---|
@@ -70,6 +63,19 @@ An expert for **{domain}**: {selected} of the {total} routed experts of `{base_n
 _MODEL = """\
 A model for **{domain}**, made by `{verb}`: {selected} of the {total} routed experts of `{base_name}`, in all
 {parameters:,} parameters."""
+
+_WITHIN = """\
+A model for **{domain}**: `{base_name}` with {parents} in it, in all {parameters:,} parameters."""
+
+_CHANGES = """\
+## What it changes
+
+{selected_by}| layer | experts |
+|---:|---|
+{layers}
+{experts_plot}
+
+"""
 
 _SELECTED = "Selected by {method} at threshold {threshold:g}.\n\n"
 
@@ -103,6 +109,14 @@ loaded.remove()  # the base again, bit for bit
 ```
 
 `connito library verify {expert_id}/` checks file, record and signatures without a network.
+"""
+
+_USE_GGUF = """\
+```bash
+llama-cli --model {expert_id}/{file} --prompt "…"
+```
+
+Ollama and LM Studio take the same file. `connito library verify {expert_id}/` checks every file without a network.
 """
 
 _USE_MODEL = """\
@@ -192,7 +206,9 @@ def _hub_license(license_: str) -> str:
 
 def _intro(record: ExpertRecord) -> str:
     selection, expert, model = record["selection"], record["expert"], record["model_parameters"]
-    return (_MODEL if record.get("format") == MODEL_FORMAT else _EXPERT).format(
+    whole = _MODEL if selection["total"] else _WITHIN
+    return (whole if record.get("format") == MODEL_FORMAT else _EXPERT).format(
+        parents=", ".join(f"`{parent['expert_id']}`" for parent in record.get("derived", {}).get("parents", [])),
         domain=_text(record["domain"]),
         base_name=_text(record["base"]["name"]),
         selected=selection["selected"] or "one",
@@ -262,11 +278,13 @@ def _start(start: Start | None) -> str:
     )
 
 
-def render(record: ExpertRecord) -> str:
-    """Return the Markdown card of a record."""
+def render(record: ExpertRecord, file: str = MODEL_FILE) -> str:
+    """Return the Markdown card of a record; of a whole model, `file` has the weights."""
     selection, expert = record["selection"], record["expert"]
     drawn = plots(record)
-    use = _USE_MODEL if record.get("format") == MODEL_FORMAT else _USE
+    whole = _USE_MODEL if file == MODEL_FILE else _USE_GGUF
+    use = whole if record.get("format") == MODEL_FORMAT else _USE
+    changes = "" if record.get("format") == MODEL_FORMAT and not selection["layers"] else _CHANGES
     layers = sorted(selection["layers"].items(), key=lambda item: int(item[0]))
     return _CARD.format(
         front=_front(record),
@@ -274,9 +292,13 @@ def render(record: ExpertRecord) -> str:
         parents=_parents(record),
         visibility=_text(_visibility(record)),
         losses_plot=f"\n![change of the loss]({LOSSES})\n" if LOSSES in drawn else "",
-        experts_plot=f"\n![experts by layer]({EXPERTS})\n" if EXPERTS in drawn else "",
+        changes=changes.format(
+            selected_by="" if "derived" in record else _SELECTED.format(**selection),
+            layers="\n".join(f"| {layer} | {', '.join(map(str, ids))} |" for layer, ids in layers),
+            experts_plot=f"\n![experts by layer]({EXPERTS})\n" if EXPERTS in drawn else "",
+        ),
         scores=_scores(record),
-        use=use.format(base=_base_to_load(record), expert_id=record["expert_id"]),
+        use=use.format(base=_base_to_load(record), expert_id=record["expert_id"], file=file),
         expert_id=record["expert_id"],
         domain=_text(record["domain"]),
         intro=_intro(record),
@@ -289,9 +311,7 @@ def render(record: ExpertRecord) -> str:
         license=_text(record["license"]),
         data_statement=_text(record["data_statement"]),
         start=_start(record.get("started_from")),
-        selected_by="" if "derived" in record else _SELECTED.format(**selection),
         losses="\n".join(map(_loss_row, record["losses"])),
-        layers="\n".join(f"| {layer} | {', '.join(map(str, ids))} |" for layer, ids in layers),
         lineage=_LINEAGE.format(rows="\n".join(map(_lineage_row, record["lineage"]))) if record["lineage"] else "",
         contributors="\n".join(map(_contributor_row, record["contributors"])) or "| – | – | – | – |",
     )
@@ -299,6 +319,7 @@ def render(record: ExpertRecord) -> str:
 
 def write_card(record: ExpertRecord, folder: Path) -> None:
     """Write the card and its plots into the folder of an expert."""
-    (folder / CARD_FILE).write_text(render(record))
+    file = next((path.name for path in folder.glob("*.gguf")), MODEL_FILE)
+    (folder / CARD_FILE).write_text(render(record, file))
     for name, drawn in plots(record).items():
         (folder / name).write_text(drawn)

@@ -128,7 +128,9 @@ def cluster(
         "clusters": made.clusters, "similarity": made.similarity, "experts": made.experts,
         "written": [{"folder": str(folder), "expert_id": name} for folder, name in made.written],
     }  # fmt: skip
-    emit(as_json, document, lambda: "\n".join(f"{n}: {', '.join(c)}" for n, c in enumerate(made.clusters)))
+    lines = [f"{number}: {', '.join(names)}" for number, names in enumerate(made.clusters)]
+    lines += [f"  {name}, written to {folder}" for folder, name in made.written]
+    emit(as_json, document, lambda: "\n".join(lines))
 
 
 def route(
@@ -174,4 +176,9 @@ def _composed(done: Composed, out: Path) -> str:
             f"  layer {conflict['layer']} expert {conflict['expert']}: {' and '.join(conflict['names'])} both change it, "
             f"cosine {conflict['cosine']:+.3f}, signs agree on {formats.percent(conflict['sign_agreement'], 0)}"
         )
+    for row in record["losses"]:
+        if row["before"] is not None and row["after"] is not None and "change_low" in row:
+            interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}"
+            change = f"{row['after'] - row['before']:+.4f}, {interval}; {row['tokens']:,} tokens"
+            lines.append(f"  {row['domain']}: {row['before']:.4f} → {row['after']:.4f} nats per token ({change})")
     return "\n".join([*lines, *obligations(done.permission)])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from connito.base.loading import load_full
 from connito.base.tiny import tiny_texts
+from connito.cli.library import app
 from connito.client import Client
 from connito.curation import example
 from connito.curation.holdings import Holdings
@@ -24,6 +25,7 @@ from connito.library.hits import Hit
 from connito.library.shelf import Shelf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from tests.support.models import Sequences
 
@@ -58,14 +60,18 @@ def test_a_composition_tells_what_it_was_measured_to_do_and_credits_its_parts(
     shelf, ids = stocked
     measure = [f"--measure={domain}={path}" for domain, path in texts.items()]
     out = tmp_path / "two"
-    record = run("compose", ids["recipes"], ids["poems"], "--base", tiny, "--out", out, *measure, "--shelf", shelf)
+    asked = ["compose", ids["recipes"], ids["poems"], "--base", tiny, *measure, "--shelf", shelf]
+    record = run(*asked, "--out", out)
+    told = CliRunner().invoke(app, [*map(str, asked), "--out", str(tmp_path / "told")]).stdout
+    for row in record["losses"]:
+        assert f"  {row['domain']}: {row['before']:.4f} → {row['after']:.4f} nats per token" in told
     rows = {row["domain"]: row for row in record["losses"]}
     assert set(rows) == set(texts)
     for domain in ("recipes", "poems"):
         assert rows[domain]["after"] < rows[domain]["before"]
         assert rows[domain]["change_low"] < rows[domain]["after"] - rows[domain]["before"] < rows[domain]["change_high"]
     assert (out / "losses.svg").is_file()
-    assert run("ledger", ids["recipes"], "--shelf", shelf)["uses"] == {"compose": 1}
+    assert run("ledger", ids["recipes"], "--shelf", shelf)["uses"] == {"compose": 2}
 
 
 def test_an_upgrade_replaces_one_and_holds_the_others(

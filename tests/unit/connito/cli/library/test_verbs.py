@@ -68,6 +68,24 @@ def test_compose_verify_remove(run: Any, stocked: Any, tiny: Path, tmp_path: Pat
     assert less["expert"]["digest"] == fresh["expert"]["digest"]
 
 
+def test_what_lies_in_a_folder_is_not_written_over(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
+    shelf, ids = stocked
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    for out, why in ((mine, "mine is not empty: choose another folder"), (mine / "notes.txt", "notes.txt is a file")):
+        to = ["--base", tiny, "--out", out, "--shelf", shelf]
+        for verb in (
+            ["compose", ids["recipes"], ids["poems"], *to],
+            ["cluster", ids["recipes"], ids["poems"], "--count", 1, *to],
+            ["export", ids["recipes"], *to],
+            ["export", ids["recipes"], "--out", out, "--shelf", shelf],
+        ):
+            with pytest.raises(Invalid, match=why):
+                run(*verb)
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
 def test_a_tampered_composition_is_found_out(run: Any, stocked: Any, tiny: Path, tmp_path: Path) -> None:
     shelf, ids = stocked
     out = tmp_path / "two"
@@ -189,6 +207,11 @@ def test_an_expert_is_exported_to_what_people_run(
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert (out / "LICENSE").read_text() == "as you like"
     assert run("verify", out)["verified"]
+    card = (out / "README.md").read_text()
+    assert f"`base` with `{ids['recipes']}` in it" in card
+    assert "## What it changes" not in card
+    use = "llama-cli --model recipes-export" if layout == "gguf" else "AutoModelForCausalLM.from_pretrained("
+    assert use in card.partition("## Use")[2]
     if layout == "hf-hub":
         assert ids["recipes"] in run("verify", out, "--base", base, "--shelf", shelf)["verified"][1]
 
