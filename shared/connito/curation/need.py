@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def demand(cycles: int = 4, library: Holdings | None = None) -> list[Demand]:
     library = library or Holdings()
     local = library.open_shelf()
     trained, used = _of_platform(library.data_dir)
+    here: Counter[str] = Counter()
     trainings = {training.expert_id or f"run {training.at}": training for training in trained}
     uses: dict[str, int] = {}
     domains = {training.expert_id: training.domain for training in trainings.values()}
@@ -31,9 +33,10 @@ def demand(cycles: int = 4, library: Holdings | None = None) -> list[Demand]:
                 _shelved(event.body, event.sequence, trainings)
                 domains[event.subject] = str(event.body["domain"])
             elif event.kind == "used":
-                used.append((event.subject, int(event.body.get("units", 1))))
+                here[event.subject] += int(event.body.get("units", 1))
         withdrawn = {name for name in trainings if index.standing(name).withdrawn} | _withdrawn(library)
-    for expert_id, units in used:
+    # A use from here is in both, where the platform knew the expert and ran; one by somebody else in its log alone.
+    for expert_id, units in (used | here).items():
         domain = domains.get(expert_id, expert_id)
         uses[domain] = uses.get(domain, 0) + units
     return rank([*trainings.values()], uses, recall(local.root), withdrawn, cycles=cycles)
@@ -55,22 +58,21 @@ def _shelved(record: Mapping[str, Any], at: int, trainings: dict[str, Training])
         trainings[name] = training_of_record(record, at)
 
 
-def _of_platform(data_dir: Path | None) -> tuple[list[Training], list[tuple[str, int]]]:
-    """Return every run of the platform that runs here, and the metered uses (expert id, units); nothing without one."""
+def _of_platform(data_dir: Path | None) -> tuple[list[Training], Counter[str]]:
+    """Return every run of the platform that runs here, and the metered uses by expert id; nothing without one."""
     try:
         session = Session.open(data_dir, role="customer", wake=True)
     except NotFound:
-        return [], []
+        return [], Counter()
 
-    async def read() -> tuple[list[Training], list[tuple[str, int]]]:
+    async def read() -> tuple[list[Training], Counter[str]]:
         async with session.bus() as bus:
             log = await read_log(bus, session.roster)
         found = [training_of(facts) for facts in log.runs.values()]
-        used = [
-            (fact.message.expert_id, int(fact.message.units))
-            for facts in log.runs.values()
-            for fact in facts.uses.values()
-        ]
+        used: Counter[str] = Counter()
+        for facts in log.runs.values():
+            for fact in facts.uses.values():
+                used[fact.message.expert_id] += int(fact.message.units)
         return [training for training in found if training is not None], used
 
     return blocking(read())

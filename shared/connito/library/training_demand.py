@@ -102,7 +102,11 @@ def demand(
     if cycles < 1:
         raise Invalid(f"cycles is {cycles}; ask for 1 or more")
     rows: dict[str, Demand] = {}
+    trained, searches = {training.domain for training in trainings} | set(uses), list(searches)
+    missed = {search.domain for search in searches if search.missed}
     for search in searches:
+        if search.domain not in trained | missed:
+            continue  # Words that found an expert are no domain that lacks one.
         row = rows.setdefault(search.domain, Demand(search.domain))
         row.searches, row.misses = row.searches + 1, row.misses + search.missed
     for domain, count in uses.items():

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from connito.curation import need
+from connito.curation.holdings import Holdings
 from connito.errors import Invalid
 from connito.library.searches import recall, remember
+from connito.library.shelf import Shelf
 from connito.library.training_demand import Demand, Search, Training, decay, demand, series, training_of_record
 
 LAW = Training("law", "b", (0.4, 0.2, 0.1), 1, "law-1")
@@ -40,6 +44,25 @@ def test_a_domain_that_was_only_searched_for_is_expected_to_be_like_the_others()
     assert (found["stars"].searches, found["stars"].misses) == (2, 1)
     assert found["stars"].expected == pytest.approx(0.25)
     assert found["stars"].basis.startswith("never trained")
+
+
+def test_words_that_found_an_expert_are_no_domain_that_lacks_one() -> None:
+    found = rows([LAW], {"poems": 1}, [Search("contracts", 2), Search("(by example)", 1, 0.3), Search("law", 1)])
+    assert set(found) == {"law", "poems"}
+    assert found["law"].searches == 1
+
+
+def test_a_use_that_the_shelf_and_the_platform_wrote_down_is_one_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path)
+    for name, units in (("law-1", 2), ("law-1", 3), ("poems-1", 4)):
+        shelf.meter(name, "serve", "", 1, units)
+    platform = Counter({"law-1": 5, "poems-1": 9})
+    monkeypatch.setattr(need, "_of_platform", lambda _: ([LAW, POEMS], platform))
+    monkeypatch.setattr(Holdings, "platform", lambda _: None)
+    found = {row.domain: row.uses for row in need.demand(library=Holdings(tmp_path))}
+    assert found == {"law": 5, "poems": 9}
 
 
 def test_nothing_to_go_by_comes_last_by_interest() -> None:
