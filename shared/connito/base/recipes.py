@@ -57,6 +57,12 @@ def cached_base(name: str) -> Path:
     return cache_root() / "bases" / f"{name}-{source_digest(*_MAKERS[name])[:12]}"
 
 
+def called(folder: Path) -> str:
+    """Return what people call the base in `folder`: by its recipe where it was built here, else by the folder."""
+    here = folder.resolve()
+    return next((name for name in _MAKERS if here == (cached_base(name) / "model").resolve()), here.name)
+
+
 def cached_manifest(name: str) -> Manifest:
     """Return the manifest of the base called `name`, which is built, as one built now has it. Raises `Invalid`."""
     return replace(Manifest.load(cached_base(name) / _MANIFEST), name=name, named=False)

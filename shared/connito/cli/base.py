@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connito.cli.library.options import base_folder
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
 
@@ -69,13 +70,16 @@ def _branch(entry: str) -> tuple[str, str]:
 
 @app.command("show")
 def show(
-    folder: Annotated[Path, typer.Argument(help="Folder of a base model.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=base_folder, metavar="DIR|NAME", help="Folder of a base model; or demo, tiny.")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Show a base model's layers, experts, bytes and digest."""
     from connito.base import folders
+    from connito.base.recipes import called
 
-    manifest = folders.show(folder)
+    manifest = folders.show(folder, called(folder))
     emit(as_json, _document(folder, manifest), lambda: _text(folder, manifest))
 
 

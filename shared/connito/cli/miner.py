@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from connito.cli.library.options import base_option
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
 from connito.protocol.policy.choices import ADAMW, INNER_OPTIMIZERS, one_of
 from connito.render import formats
@@ -137,7 +138,7 @@ def run(
 
 @app.command("fits")
 def fits(
-    base: Annotated[Path, typer.Option(help="Folder of the base model; its config.json is enough.")],
+    base: Annotated[Path, base_option("Folder of the base model, whose config.json is enough; or demo, tiny.")],
     selection: Annotated[Path | None, typer.Option(help="What `connito select --json` printed.")] = None,
     experts: Annotated[int, typer.Option(min=0, help="Without a selection: so many targets in every layer.")] = 0,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,

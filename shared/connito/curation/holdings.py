@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,27 @@ class Holdings:
                 raise NotFound(f"{error}; {said}" if "CONNITO_NATS_URL" in str(said) else str(error)) from None
             return local.get(name)
 
-    def permit(self, experts: Sequence[Expert], verb: str, agreement: Agreement) -> Permission:
-        """Check a use against what shelf and platform say of these experts. Raises `Invalid`."""
-        standings = self.standings([str(record["expert_id"]) for _, record in experts])
+    def records(self, known: Container[str] = ()) -> dict[str, ExpertRecord]:
+        """Return the records of the experts within reach that are not `known`, whoever may see them, in the order of deposit."""
+        with self.open_shelf().index() as index:
+            ids = [name for (name,) in index.select("SELECT expert_id FROM experts ORDER BY sequence")]
+            found = {name: index.record(name) for name in ids if name not in known}
+        if (client := self.platform()) is not None:
+            with client:
+                for expert in client.library.list():
+                    if expert.expert_id not in found and expert.expert_id not in known:
+                        found[expert.expert_id] = client.library.show(expert.expert_id).record
+        return found
+
+    def permit(
+        self,
+        experts: Sequence[Expert],
+        verb: str,
+        agreement: Agreement,
+        standings: Mapping[str, Standing] | None = None,
+    ) -> Permission:
+        """Check a use against what shelf and platform say of these experts, if it was not asked before. Raises `Invalid`."""
+        standings = standings or self.standings([str(record["expert_id"]) for _, record in experts])
         use = Use(verb, agreement.commercial, agreement.redistribute, frozenset(agreement.accepted))
         records = [record for _, record in experts]
         return check_use(records, use, standings=standings, viewer=self.viewer, allow_yanked=agreement.allow_yanked)

@@ -20,6 +20,7 @@ from connito.curation.serving.errors import RefusedError
 from connito.curation.serving.requests import ChatRequest, CompletionRequest, read_request
 from connito.curation.serving.server import Piece, Server, Work
 from connito.data.documents import parse_json
+from connito.errors import Environment
 from connito.library.governance import Viewer
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
@@ -27,6 +28,7 @@ from connito.runtime.tasks import end_tasks
 
 log = get_logger(__name__)
 MAX_BODY = 4 << 20
+_PATHS = "/v1/models, /v1/completions, /v1/chat/completions, /healthz, /readyz, /metrics"
 Keys = Mapping[str, Viewer]
 
 
@@ -76,7 +78,7 @@ def application(server: Server, viewer: Viewer, keys: Keys) -> Starlette:
         Route("/readyz", health),
         Route("/metrics", figures),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _broken})
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
 
 def counted(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -89,6 +91,11 @@ def counted(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
             response = JSONResponse(error.document(), error.status)
         except ClientDisconnect:
             response = Response(status_code=499)
+        except Environment as error:
+            response = JSONResponse(RefusedError(503, f"{error}; try again").document(), 503)
+        except Exception:
+            log.exception("a request failed")
+            response = JSONResponse(RefusedError(500, "the server failed; see its log").document(), 500)
         metrics.SERVE_REQUESTS.labels(str(response.status_code)).inc()
         return response
 
@@ -97,12 +104,8 @@ def counted(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(RefusedError(error.status_code, str(error.detail)).document(), error.status_code)
-
-
-def _broken(_: Request, error: Exception) -> Response:
-    log.error("a request failed", error=repr(error))
-    return JSONResponse(RefusedError(500, "the server failed; see its log").document(), 500)
+    said = str(error.detail) if error.status_code != 404 else f"there is none of that here; this server has {_PATHS}"
+    return JSONResponse(RefusedError(error.status_code, said).document(), error.status_code, error.headers)
 
 
 async def _body(request: Request) -> object:

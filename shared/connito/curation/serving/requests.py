@@ -11,12 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from connito.curation.serving.errors import RefusedError
 
 MAX_SEQUENCES, MAX_LIKELIEST = 32, 5
+_STEPS = ("content", "role", "type", "text")
 Text = Annotated[str, Field(max_length=1 << 22)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def _stops(given: object) -> object:
-    return [given] if isinstance(given, str) else given or []
+    return [given] if isinstance(given, str) else [] if given is None else given
 
 
 def _prompts(given: object) -> object:
@@ -127,8 +128,13 @@ def read_request(kind: type[R], document: object) -> R:
     except ValidationError as error:
         # Of what a value may be, the one that it came closest to says most.
         first = max(error.errors(include_input=False, include_url=False), key=lambda found: len(found["loc"]))
-        where = str(first["loc"][0]) if first["loc"] else ""
-        raise RefusedError(400, f"{where or 'the request'}: {first['msg'].lower()}", param=where) from error
+        if not first["loc"]:
+            raise RefusedError(400, "the request is no JSON object") from error
+        # Names and numbers lead to the value; what a value may be, they do not.
+        where = [
+            str(step) for step in first["loc"] if isinstance(step, int) or step in _STEPS or step == first["loc"][0]
+        ]
+        raise RefusedError(400, f"{'.'.join(where)}: {first['msg'].lower()}", param=where[0]) from error
     for name, value in (asked.model_extra or {}).items():
         if _unsupported(name, value):
             raise RefusedError(
@@ -137,13 +143,20 @@ def read_request(kind: type[R], document: object) -> R:
     return asked
 
 
+# Of OpenAI's interface, and what other servers add to it, that would change the answer.
+_NOT_DONE = {
+    "logprobs", "top_logprobs", "tools", "functions", "logit_bias", "suffix", "echo", "frequency_penalty",
+    "presence_penalty", "audio", "prediction", "min_p", "typical_p", "min_tokens", "ignore_eos", "stop_token_ids",
+    "bad_words", "use_beam_search", "prompt_logprobs", "structured_outputs", "allowed_token_ids", "grammar",
+}  # fmt: skip
+
+
 def _unsupported(name: str, value: Any) -> bool:
-    if name in ("logprobs", "top_logprobs", "tools", "functions", "logit_bias", "suffix", "echo", "frequency_penalty",
-                "presence_penalty", "audio", "prediction"):  # fmt: skip
+    if name in _NOT_DONE or name.startswith("guided_"):
         return bool(value)
     if name == "response_format":
         return value not in (None, {"type": "text"})
-    return name == "best_of" and value not in (None, 1)
+    return name in ("best_of", "repetition_penalty", "length_penalty") and value not in (None, 1)
 
 
 def sequences(asked: _Request, prompts: Sequence[object]) -> int:

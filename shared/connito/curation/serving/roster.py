@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from connito.curation.composing import parts_of
 from connito.curation.holdings import Agreement, Expert, Holdings
@@ -18,12 +19,12 @@ from connito.data.manifest import Manifest
 from connito.errors import Invalid, NotFound
 from connito.experts.compose import Part, Recipe, merge
 from connito.experts.table import BASE, ExpertTable
-from connito.library.artifact import EXPERT_FILE
-from connito.library.governance import Viewer
-from connito.library.schema import Base
+from connito.library.artifact import EXPERT_FILE, MODEL_FORMAT
+from connito.library.governance import Standing, Viewer
+from connito.library.schema import Base, ExpertRecord
 
 VERB = "serve"
-MAX_PARTS = 8
+MAX_PARTS, MAX_NAME = 8, 200
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Roster:
         self._holdings, self._agreement, self._places = holdings, agreement, places
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._found: dict[str, Expert] = {}
+        self._records: dict[str, ExpertRecord] = {}
         self._bases: dict[tuple[str, str], bool] = {}
         self._permitted: dict[tuple[str, Viewer], float] = {}
         self._uses: Counter[tuple[str, Viewer]] = Counter()
@@ -74,7 +76,8 @@ class Roster:
         rest = name.removeprefix(f"{self.base}+")
         routed = "|" in rest
         experts = tuple(sorted(set(rest.split("|" if routed else "+"))))
-        if rest == name or not all(experts) or (routed and (len(experts) < 2 or "+" in rest)):
+        longest = max(len(expert.encode()) for expert in experts)
+        if rest == name or not all(experts) or longest > MAX_NAME or (routed and (len(experts) < 2 or "+" in rest)):
             raise unknown(name)
         if len(experts) > MAX_PARTS:
             raise RefusedError(
@@ -83,10 +86,12 @@ class Roster:
         return Asked(f"{self.base}+{('|' if routed else '+').join(experts)}", experts, routed)
 
     def names(self, viewer: Viewer) -> list[str]:
-        """Return the base and every expert of it that the viewer may use now."""
-        with self._holdings.open_shelf().index() as index:
-            ids = [row[0] for row in index.select("SELECT expert_id FROM experts ORDER BY sequence")]
-        return [self.base, *(f"{self.base}+{name}" for name in ids if self._may(name, viewer))]
+        """Return the base and every expert of it that the viewer may use now: on the shelf, and in the platform's library."""
+        self._records |= self._holdings.records(self._records)
+        mine = {name: record for name, record in self._records.items() if self._serves(record)}
+        standings, seer = self._holdings.standings(list(mine)), replace(self._holdings, viewer=viewer)
+        usable = [name for name, record in mine.items() if self._may(seer, record, standings)]
+        return [self.base, *(f"{self.base}+{name}" for name in usable)]
 
     def permit(self, asked: Asked, viewer: Viewer, seconds: float) -> None:
         """Raise `RefusedError` unless the viewer may use these experts so; what was allowed is asked again after `seconds`."""
@@ -170,12 +175,15 @@ class Roster:
         self._table.remove(key)
         return self.loaded.pop(key)
 
-    def _may(self, name: str, viewer: Viewer) -> bool:
+    def _may(self, seer: Holdings, record: ExpertRecord, standings: Mapping[str, Standing]) -> bool:
         try:
-            self.permit(self.read(f"{self.base}+{name}"), viewer, 0.0)
-        except RefusedError:
+            seer.permit([(Path(), record)], VERB, self._agreement, standings)
+        except Invalid:
             return False
         return True
+
+    def _serves(self, record: ExpertRecord) -> bool:
+        return record.get("format") != MODEL_FORMAT and self._is_of(record["base"])
 
     def _expert(self, name: str) -> Expert:
         if name not in self._found:
@@ -183,7 +191,7 @@ class Roster:
                 found = self._holdings.by_id(name)
             except (NotFound, Invalid) as error:
                 raise unknown(name) from error
-            if not self._is_of(found[1]["base"]) or not (found[0] / EXPERT_FILE).is_file():
+            if not self._serves(found[1]) or not (found[0] / EXPERT_FILE).is_file():
                 raise unknown(name)
             self._found[name] = found
         return self._found[name]

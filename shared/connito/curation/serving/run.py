@@ -16,6 +16,7 @@ import yaml
 
 from connito.base.description import build_manifest
 from connito.base.loading import load_full, load_tokenizer
+from connito.base.recipes import called
 from connito.curation.holdings import Agreement, Holdings
 from connito.curation.serving.generation import Generator
 from connito.curation.serving.http import application
@@ -26,6 +27,7 @@ from connito.errors import Invalid, NotFound
 from connito.experts.table import ExpertTable
 from connito.library.governance import Viewer
 from connito.moe.device import device_of
+from connito.runtime.logs import keep_log
 from connito.runtime.tasks import end_tasks
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -66,6 +68,8 @@ def serve(
             f"whoever reaches {options.host} could use every expert: name users with --keys FILE, or listen on 127.0.0.1"
         )
     listener = _listen(options.host, options.port)
+    # What it says of itself is for whoever runs it, whatever commands of this process would rather keep quiet.
+    keep_log("serve")
     try:
         server = prepare(options, library)
         port = listener.getsockname()[1]
@@ -85,7 +89,7 @@ def prepare(options: ServeOptions, library: Holdings) -> Server:
         table, ends=_ends(options.base, model, tokenizer), cache_tokens=options.cache_tokens,
         batch_tokens=options.batch_tokens, requests=options.requests,
     )  # fmt: skip
-    name = options.name or manifest.name
+    name = options.name or called(options.base)
     roster = Roster(name, manifest, table, library, options.agreement, places=options.experts)
     return Server(generator, roster, tokenizer, waiting=options.waiting, seconds=options.seconds)
 

@@ -11,7 +11,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx2 as httpx
 import openai
@@ -23,11 +25,13 @@ from connito.curation.holdings import Holdings
 from connito.curation.serving.http import application
 from connito.curation.serving.run import ServeOptions, prepare, read_keys
 from connito.curation.serving.server import Server
-from connito.errors import Invalid
+from connito.errors import Invalid, Retry
 from connito.experts.compose import Part, Recipe, layers_of, merge, state_of
-from connito.library.governance import Viewer
+from connito.library.artifact import MODEL_FORMAT
+from connito.library.governance import Standing, Viewer
 from connito.library.shelf import Shelf
 from connito.moe.rows import write_rows
+from connito.runtime import metrics
 
 from tests.support.waiting import wait_until
 
@@ -256,7 +260,7 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
         ("[" * 100_000, 400, "nested too deep"),
-        ([], 400, "valid dictionary"),
+        ([], 400, "no JSON object"),
         ({"model": "tiny"}, 400, "prompt"),
         (good | {"max_tokens": 10**18}, 400, "context is"),
         (good | {"max_tokens": 0}, 400, "max_tokens"),
@@ -277,7 +281,12 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (good | {"stop": ""}, 400, "stop"),
         (good | {"n": 10**6}, 400, "n:"),
         (good | {"n": 32, "prompt": ["a", "b"]}, 400, "too many"),
+        (good | {"stop": 0}, 400, "stop: input should be a valid list"),
         (good | {"temperature": -1}, 400, "temperature"),
+        (good | {"min_p": 0.1}, 400, "does not do min_p"),
+        (good | {"guided_json": {"type": "object"}}, 400, "does not do guided_json"),
+        (good | {"repetition_penalty": 1.2}, 400, "does not do repetition_penalty"),
+        (good | {"prompt": [1, "a"]}, 400, "prompt.0: "),
         ('{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
         (good | {"logprobs": 5}, 400, "echo and logprobs together"),
         (good | {"logprobs": 0}, 400, "echo and logprobs together"),
@@ -291,6 +300,8 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         (good | {"model": "tiny+nobody"}, 404, "does not exist"),
         (good | {"model": "tiny+../../etc"}, 404, "does not exist"),
         (good | {"model": "tiny+/etc"}, 404, "does not exist"),
+        (good | {"model": f"tiny+{'x' * 900}"}, 404, "does not exist"),
+        (good | {"model": "tiny+" + "é" * 140}, 404, "does not exist"),
         (good | {"model": "tiny+" + "+".join(map(str, range(50)))}, 400, "too many"),
         ("x" * (5 << 20), 413, "more than"),
     ]
@@ -300,7 +311,10 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
         error = answer.json()["error"]
         assert why in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
-    assert httpx.get(f"{running.address}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert "/v1/chat/completions" in httpx.get(f"{running.address}/v1/embeddings").json()["error"]["message"]
+    part = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    assert "messages.0.content.0.type" in running.post("chat/completions", part).json()["error"]["message"]
+    assert httpx.get(f"{running.address}/v1/completions").headers["allow"] == "POST"
     with pytest.raises(openai.NotFoundError) as found:
         running.client().completions.create(model="gpt-4", prompt="leek")
     assert found.value.code == "model_not_found"
@@ -318,6 +332,55 @@ def test_hostile_requests_get_the_interfaces_errors_and_leave_nothing(start: Any
     wait_until(lambda: not manager.batch_processor.has_pending_requests())
     assert not manager.output_router.result_handlers
     assert running.post("completions", good).status_code == 200
+
+
+def test_what_fails_here_is_said_counted_and_in_the_log(
+    start: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running, good = start(), {"model": "tiny", "prompt": "leek", "max_tokens": 2}
+
+    def failed(error: Exception) -> tuple[int, str]:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(running.server.roster, "permit", fail)
+        answer = running.post("completions", good)
+        return answer.status_code, answer.json()["error"]["message"]
+
+    def counted(status: str) -> float:
+        return metrics.SERVE_REQUESTS.labels(status)._value.get()  # type: ignore[no-any-return]
+
+    before = counted("500"), counted("503")
+    assert failed(ZeroDivisionError("a fault of ours")) == (500, "the server failed; see its log")
+    assert "a fault of ours" in capsys.readouterr().err
+    assert failed(Retry("the library does not answer")) == (503, "the library does not answer; try again")
+    assert (counted("500"), counted("503")) == (before[0] + 1, before[1] + 1)
+
+
+def test_experts_of_the_platform_are_listed_before_they_are_asked_for(
+    start: Any, exports: Any, stocked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a server beside a library that is elsewhere, whose shelf is empty, tells it."""
+    ids, yanked = stocked[1], ""
+    records = {ids[domain]: json.loads((exports[domain] / "record.json").read_text()) for domain in exports}
+    hidden, other, gone = records
+    records[hidden]["governance"] = {"visibility": "private", "owner": "ada"}
+    records[other]["base"] = {"name": "another", "manifest": "0" * 64}
+    whole = {**records[gone], "expert_id": "whole-model", "format": MODEL_FORMAT}
+    library = SimpleNamespace(
+        list=lambda: [SimpleNamespace(expert_id=name) for name in [*records, "whole-model"]],
+        show=lambda name: SimpleNamespace(record={**records, "whole-model": whole}[name]),
+        standing=lambda name: Standing("yanked", "it was poisoned") if name == yanked else Standing(),
+    )
+    client = MagicMock(library=library)
+    monkeypatch.setattr(Holdings, "platform", lambda _: client)
+    ada = "a" * 20
+    (tmp_path / "empty").mkdir()
+    running = start({ada: Viewer("ada"), "b" * 20: Viewer("bob")}, tmp_path / "empty")
+    listed = {who: [model.id for model in running.client(who * 20).models.list()] for who in "ab"}
+    assert listed == {"a": ["tiny", f"tiny+{hidden}", f"tiny+{gone}"], "b": ["tiny", f"tiny+{gone}"]}
+    yanked = gone
+    assert [model.id for model in running.client(ada).models.list()] == ["tiny", f"tiny+{hidden}"]
 
 
 def test_fifty_clients_at_once_are_answered_as_each_alone_and_leave_nothing(start: Any, stocked: Any) -> None:
