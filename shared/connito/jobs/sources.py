@@ -9,6 +9,7 @@ from pathlib import Path
 
 from connito.data.reading.reader import Reading
 from connito.data.reading.rows import Account, Wanted
+from connito.data.reading.template import unframed
 from connito.data.reading.texts import documents_of
 from connito.data.spool import Spool
 from connito.jobs.spec import Source
@@ -16,12 +17,19 @@ from connito.jobs.spec import Source
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from: the source's number and `file:line`. `chat`: the conversation that it is, as JSON."""
+    """One text and where it comes from: the source's number and `file:line`. `chat`: the conversation that it is, as JSON;
+    `template`: what made a text of it."""
 
     text: str
     source: int
     where: str
     chat: str = ""
+    template: str = ""
+
+    @property
+    def own(self) -> str:
+        """Return what two documents are compared by: the text without the words of its template."""
+        return unframed(self.text, self.template)
 
 
 def document_spool() -> Spool[Document]:
@@ -55,4 +63,5 @@ def read_source(source: Source, number: int, reading: Reading, reach: Reach) -> 
     for where, text, chat in documents_of(reading, source.text, source.label):
         reach.documents += 1
         reach.characters += len(text)
-        yield Document(text, number, where, "" if chat is None else chat.to_json())
+        template = source.text or "" if chat is None else ""
+        yield Document(text, number, reading.shown(where), "" if chat is None else chat.to_json(), template)

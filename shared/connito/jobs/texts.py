@@ -102,7 +102,9 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
                 if len(found) % _TOLD == 0:
                     texts.progress(f"reading {source.label}: {len(found)} documents", _READING)
         except (Invalid, OSError) as error:
-            texts.note("reach", "error", f"{what}: {error}", "correct the path, the template or the file")
+            texts.note(
+                "reach", "error", f"{what}: {reading.shown(str(error))}", "correct the path, the template or the file"
+            )
             continue
         texts.reaches.append(reach)
         account = reach.account
@@ -140,7 +142,7 @@ def _unique(documents: Records[Document]) -> Records[Document]:
 
 
 def _text(document: Document) -> str:
-    return document.text
+    return document.own
 
 
 def _texts(documents: Documents) -> Iterator[str]:
@@ -197,8 +199,8 @@ def _part(texts: Texts, job: Job, kept: Records[Document], held: Records[Documen
 def _bounded(probe: Records[Document], train: Records[Document]) -> tuple[Records[Document], Records[Document]]:
     """Leave of the probe what selects experts surely; the rest, of a very large job, is trained on."""
     characters = 0
-    for place, text in enumerate(_texts(probe)):
-        characters += len(text)
+    for place, document in enumerate(probe):
+        characters += len(document.text)
         if characters > PROBE_CHARACTERS:
             rest = sorted([*probe.indices[place + 1 :], *train.indices])
             return probe.take(range(place + 1)), train.reordered(rest)
@@ -314,8 +316,8 @@ def _part_general(texts: Texts, job: Job, general: dict[str, Records[Document]])
     for domain, documents in general.items():
         texts.general[domain] = documents
         share = job.asked_replay
-        if share or (share is None and sum(map(len, _texts(documents))) >= ENOUGH_FOR_BOTH):
-            parts = [part_of(text, Split(0.01, 0.4)) for text in _texts(documents)]
+        if share or (share is None and sum(len(document.text) for document in documents) >= ENOUGH_FOR_BOTH):
+            parts = [part_of(document.text, Split(0.01, 0.4)) for document in documents]
             held = documents.take(place for place, part in enumerate(parts) if part == "holdout")
             rest = documents.take(place for place, part in enumerate(parts) if part != "holdout")
             texts.general[domain], texts.replay[domain] = held, _without(rest, held)

@@ -53,6 +53,10 @@ class Reading:
         if unread and not self.account.files:
             raise NotFound(f"{self.location} holds no text: {unread[0]}, and so are all {len(unread)} files of it")
 
+    def shown(self, words: str) -> str:
+        """Return words in which files are named as whoever wrote down the location names them: from `root` on."""
+        return words.replace(f"{self.root}/", "") if self.root.is_absolute() and self.root != Path("/") else words
+
     def _file(self, place: Place) -> Iterator[Row]:
         with ExitStack() as stack, reachable(place.name), containers.damage(place.name):
             stream = stack.enter_context(place.open())

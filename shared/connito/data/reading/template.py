@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from connito.data.reading.rows import Account, Row, unreadable
@@ -94,6 +95,25 @@ class Template:
         return unreadable(
             f"{row.where} has no `text`; its fields are {fields}; say what to take, for example {example}"
         )
+
+
+@cache
+def _frame(template: str) -> tuple[str, ...]:
+    """Return what a template says by itself, the longest first: words that every row's text has."""
+    parts, start = [], 0
+    for match in _PLACE.finditer(template):
+        if match[1] is not None:
+            parts.append(template[start : match.start()])
+            start = match.end()
+    said = {part.replace("{{", "{").replace("}}", "}") for part in (*parts, template[start:])}
+    return tuple(sorted((part for part in said if re.search(r"\w", part)), key=len, reverse=True))
+
+
+def unframed(text: str, template: str) -> str:
+    """Return a row's text without what its template says in every one."""
+    for part in _frame(template) if template else ():
+        text = text.replace(part, "\n")
+    return text
 
 
 def usual_field(row: Mapping[str, Any]) -> str:

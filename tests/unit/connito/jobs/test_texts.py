@@ -141,6 +141,36 @@ def test_documents_that_share_a_template_are_told_why_nothing_is_left(
     assert "which share most of their text with held-out ones: take out what documents have in common" in told[0].remedy
 
 
+def test_words_of_the_jobs_own_template_are_no_copies(code: list[str], tmp_path: Path) -> None:
+    """A template longer than what it frames makes no two rows alike, and none of them held-out text."""
+    short = [" ".join(text.split())[:160] for text in code[:150]]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"code": text, "n": n}) + "\n" for n, text in enumerate(short))
+    )
+    frame = (
+        "Below is a piece of Python, as it stands in the library of the language, number {n} of those that were drawn: "
+    )
+    frame += "{code}\n\nSay in a few plain words what this piece of code is for, and to whom it may be of use one day."
+    data: list[dict[str, str]] = [{"path": "rows.jsonl", "text": frame}]
+    plain = sort_texts(job(data=[{"path": "rows.jsonl", "text": "{code}"}]), tmp_path)
+    framed = sort_texts(job(data=data), tmp_path)
+    for check, number in (("duplicates", "near"), ("contamination", "dropped")):
+        (one,), (two,) = found(plain, check), found(framed, check)
+        assert (two.level, two.numbers[number]) == (one.level, pytest.approx(one.numbers[number], abs=3))
+    assert all(document.text.startswith("Below is a piece of Python") for document in framed.train)
+
+
+def test_files_are_named_as_the_job_names_them(code: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    write(tmp_path / "own" / "data.jsonl", code)
+    (tmp_path / "x.pdf").write_bytes(b"%PDF-1.4\n" + b"0" * 600)
+    texts = sort_texts(job(data=[{"path": "own"}, {"path": "x.pdf"}, {"path": "none.txt"}]), tmp_path)
+    assert {document.where.partition(":")[0].partition("#")[0] for document in texts.train} == {"own/data.jsonl"}
+    pdf, none = (finding.detail for finding in found(texts, "reach") if finding.level == "error")
+    assert pdf.startswith("data: x.pdf is a PDF")
+    assert none == f"data: there is no file or folder none.txt; relative paths begin at {tmp_path}"
+
+
 def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_training(
     code: list[str], tmp_path: Path
 ) -> None:
@@ -153,7 +183,7 @@ def test_a_contaminated_hold_out_is_refused_with_examples_or_dropped_from_traini
     (finding,) = found(refused, "contamination")
     assert finding.level == "error"
     assert finding.numbers["found"] >= 10
-    assert f"{tmp_path / 'held.jsonl'}:11" in finding.remedy
+    assert "(first: held.jsonl:11," in finding.remedy
     assert "contamination: drop" in finding.remedy
     (finding,) = found(dropped, "contamination")
     assert finding.level == "warning"
