@@ -284,7 +284,8 @@ RUN_PAUSED = declare(
     "run_paused",
     "1 while a run waits for more miners or validators than are there, or a window for anybody",
     ("run",),
-    when_bad="1: `connito status` says how many are there; start or admit more, or cancel the run",
+    when_bad="1: `connito status` says which it is; start or admit more, look why those who are there are not heard, or cancel "
+    "the run",
 )
 UNAUDITED_CYCLES = declare(
     Gauge,
