@@ -103,7 +103,7 @@ def head(facts: RunFacts, now_ms: int, stake: Stake) -> Head:
     """Return the state of a run. Raises `AssertionError` for a run that was not created."""
     spec, ending = facts.require_spec(), outcome(facts)
     window = facts.open_window if facts.ended is None else None
-    deadline, here = 0 if window is None else window.deadline_unix_ms, pause(facts, now_ms, stake)
+    deadline, here = 0 if window is None else rules.due_ms(facts, window), pause(facts, now_ms, stake)
     return Head(
         run=facts.run,
         domain=spec.domain,

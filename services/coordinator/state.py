@@ -148,10 +148,7 @@ class OpenWindows:
         if window is None or opened is None:
             self._open.pop(facts.run, None)
         else:
-            due = window.deadline_unix_ms
-            if due and not rules.unheard(facts, window):
-                due = rules.deadline_ms(facts, window)
-            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, due / 1000)
+            self._open[facts.run] = (window.name, opened.time_unix_ms / 1000, rules.due_ms(facts, window) / 1000)
         self._report()
 
     def pause(self, run: str, paused: bool) -> bool:

@@ -57,6 +57,10 @@ class KeepReceipt:
     """Keep the committer's newest receipt for what was said and has none."""
 
 
+# A head follows the opening of its cycle at once; one that does not come for so long is missing.
+HEAD_SECONDS, NO_HEAD = 30, "no-head"
+
+
 @dataclass(frozen=True)
 class LogDecision:
     """Log what was decided about this miner; `reason` when it was held against it. `name` is told once."""
@@ -97,6 +101,24 @@ def decide(facts: RunFacts, me: str, progress: Progress, strategy: Strategy = HO
             name = type(step).__name__.lower()
             actions.append(Action(f"{facts.run}/{cycle}/{name}", facts.run, step))
     return Decision(actions, None)
+
+
+def without_head(facts: RunFacts, me: str, progress: Progress, now_ms: int) -> Decision:
+    """Tell once that nothing can be trained since the head of the open cycle does not come; or when that is to be told."""
+    window = facts.window("train", facts.cycle) if facts.cycle and facts.ended is None else None
+    if window is None or window.opened_fact is None or not facts.is_enrolled(me) or me in banned(facts):
+        return Decision()
+    mine, late = _of(progress, me, facts.cycle), window.opened_fact.time_unix_ms + HEAD_SECONDS * 1000
+    if facts.head(facts.cycle) is not None or not checked(facts) or mine.artifact or NO_HEAD in mine.told:
+        return Decision()
+    if now_ms < late:
+        return Decision((), late)
+    text = (
+        f"waits: the coordinator has not signed yet where cycle {facts.cycle} begins, and this miner's text is drawn by that; "
+        "it begins by itself when the signature comes"
+    )
+    tell = LogDecision(facts.cycle, NO_HEAD, text)
+    return Decision([Action(f"{facts.run}/tell/{tell.cycle}/{tell.name}", facts.run, tell)])
 
 
 def _has_receipt(facts: RunFacts, progress: Progress) -> bool:

@@ -18,7 +18,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.log import Log
 
-from .handlers import decide
+from .handlers import decide, without_head
 from .state import Ledger
 from .strategy import Strategy
 
@@ -110,6 +110,10 @@ class Own:
         return now > self._settled.setdefault((run, window, cycle), now) + LAST_LOOK_SECONDS
 
 
-def decide_with(me: str, ledger: Ledger, strategy: Strategy, own: Own, facts: RunFacts, _now_ms: int) -> Decision:
+def decide_with(me: str, ledger: Ledger, strategy: Strategy, own: Own, facts: RunFacts, now_ms: int) -> Decision:
     """Return the decision of `decide` on the content of the work folder; nothing before this miner's own answers are known."""
-    return decide(facts, me, ledger.progress(facts.run), strategy) if own.knows(facts.run) else Decision()
+    if not own.knows(facts.run):
+        return Decision()
+    progress = ledger.progress(facts.run)
+    waits = without_head(facts, me, progress, now_ms)
+    return Decision([*decide(facts, me, progress, strategy).actions, *waits.actions], waits.wake_at_ms)

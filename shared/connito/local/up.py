@@ -353,9 +353,9 @@ def _wait_until_ready(data: DataDir, child: subprocess.Popen[bytes], shown: IO[s
     give_up = time.monotonic() + START_SECONDS
     with (data.logs / "up.log").open() as log:
         while time.monotonic() < give_up:
-            for line in log:
-                print(line, end="", file=shown, flush=True)
             platform = data.read_platform()
+            for line in log:  # Afterwards: what it said before it was ready is there by now.
+                print(line, end="", file=shown, flush=True)
             if platform is not None and platform.pid == child.pid and (platform.ready or platform.finished):
                 return
             if child.poll() is not None:

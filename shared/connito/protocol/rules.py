@@ -114,6 +114,13 @@ def deadline_ms(facts: RunFacts, window: Window) -> int:
     return deadline
 
 
+def due_ms(facts: RunFacts, window: Window) -> int:
+    """Return until when an open window waits, as people are told it: what was announced, longer where the first was heard late;
+    0 for one without a deadline. Nobody being heard, a run is paused from what was announced."""
+    announced = window.deadline_unix_ms
+    return announced if not announced or unheard(facts, window) else deadline_ms(facts, window)
+
+
 def unheard(facts: RunFacts, window: Window) -> bool:
     """Return whether nobody at all was heard in a window before it closed."""
     return checked(facts) and window.name in WAITS_FOR_ONE and next(_heard(facts, window), None) is None

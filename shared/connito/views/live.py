@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from connito.protocol.quorum import Pause, pause
-from connito.protocol.rules import Stake
+from connito.protocol.rules import Stake, due_ms
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.views import words
@@ -49,18 +49,18 @@ def phase(facts: RunFacts, now_ms: int | None = None, here: Pause | None = None)
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"
     if here is not None:
         return f"cycle {window.cycle} of {spec.cycles}: paused, {here}"
-    left = "" if now_ms is None else _left(window, now_ms)
+    left = "" if now_ms is None else _left(facts, window, now_ms)
     return f"cycle {window.cycle} of {spec.cycles}: {window.name}, {words.WINDOWS[window.name]}{left}"
 
 
-def _left(window: Window, now_ms: int) -> str:
+def _left(facts: RunFacts, window: Window, now_ms: int) -> str:
     fact = window.opened_fact
     if fact is None:
         return ""
     elapsed = formats.duration((now_ms - fact.time_unix_ms) / 1000, whole=True)
-    if not window.deadline_unix_ms:
+    if not (due := due_ms(facts, window)):
         return f" ({elapsed})"
-    left = formats.duration((window.deadline_unix_ms - now_ms) / 1000, whole=True)
+    left = formats.duration((due - now_ms) / 1000, whole=True)
     return f" ({elapsed}; closes at the latest in {left})"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from connito.protocol.quorum import Pause, pause
-from connito.protocol.rules import Stake
+from connito.protocol.rules import Stake, due_ms
 from connito.v1 import run_pb2, services_pb2
 from connito.views.sentences import why_left
 from connito.wire.facts import RunFacts
@@ -40,7 +40,7 @@ def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus
         phase=phase(facts, here),
         cycle=facts.cycle,
         window="" if window is None else window.name,
-        deadline_unix_ms=0 if window is None else window.deadline_unix_ms,
+        deadline_unix_ms=0 if window is None else due_ms(facts, window),
         version=version(facts),
         miners=facts.miners,
         validators=facts.validators,

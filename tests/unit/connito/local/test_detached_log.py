@@ -31,3 +31,23 @@ def test_a_line_of_the_log_has_its_own_time_of_day_and_no_second_one(
         child.communicate(b"\n")
     assert written.getvalue().count("[") == 2, "each line says when"
     assert shown.getvalue() == written.getvalue()
+
+
+def test_what_was_said_just_before_it_was_ready_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, shown = DataDir.open(tmp_path), io.StringIO()
+    log = data.logs / "up.log"
+    log.write_text("first\n")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ready = Platform(child.pid, "nats://here", "http://here", "key", "secret", "r", ready=True)
+
+    def as_it_gets_ready(_: DataDir) -> Platform:
+        with log.open("a") as file:
+            file.write("last\n")
+        return ready
+
+    monkeypatch.setattr(DataDir, "read_platform", as_it_gets_ready)
+    try:
+        _wait_until_ready(data, child, shown)
+    finally:
+        child.communicate(b"\n")
+    assert shown.getvalue() == "first\nlast\n"

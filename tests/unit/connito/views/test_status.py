@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from connito.protocol import rules
+from connito.protocol.findings import CHECKED
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.views.live import phase
 from connito.views.run_report import outcome
 from connito.views.status import status, version
 
+from services.console import views
 from services.coordinator.handlers import decide
 from tests.support.run import RUN, Run, even
 from tests.unit.services.coordinator.world import World
@@ -106,3 +109,20 @@ def test_a_run_whose_expert_the_library_put_aside_says_so_until_it_is_deposited(
     assert phase(run.facts) == f"run completed; {why}"
     run.say("library", 0, "deposited", expert_id="r1-v1")
     assert phase(run.facts) == "run completed"
+
+
+def test_the_deadline_is_the_one_that_a_late_first_message_left() -> None:
+    run = Run().created().selected().miners("UA", "UB").validators("UV").opened("train").closed("train")
+    run.facts.require_spec().protocol_version = CHECKED
+    announced = run.now + 100_000
+    run.opened("commit", deadline_unix_ms=announced)
+    window = run.facts.open_window
+    assert window is not None
+    assert status(run.facts, run.now, even).deadline_unix_ms == announced
+    assert "closes at the latest in 1 min 40 s" in phase(run.facts, run.now)
+    run.now += 80_000
+    run.committed("UA")
+    assert rules.deadline_ms(run.facts, window) == run.now + 50_000
+    assert status(run.facts, run.now, even).deadline_unix_ms == run.now + 50_000
+    assert views.head(run.facts, run.now, even).deadline_unix_ms == run.now + 50_000
+    assert "closes at the latest in 50 s" in phase(run.facts, run.now)

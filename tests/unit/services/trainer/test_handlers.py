@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from connito.protocol.findings import CHECKED
+from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 from services.trainer.handlers import (
+    HEAD_SECONDS,
     Commit,
     Enrol,
     KeepReceipt,
@@ -18,6 +21,7 @@ from services.trainer.handlers import (
     Train,
     decide,
     describe,
+    without_head,
 )
 from services.trainer.state import CycleProgress, Ledger
 from tests.support.run import ME, Run
@@ -237,3 +241,21 @@ def test_without_anything_said_no_receipt_is_looked_for(story: Run) -> None:
     story.put("run", 1, "received", run_pb2.IngressHead(last_sequence=2))
     assert KeepReceipt() not in steps(story, SAID)
     assert KeepReceipt() not in steps(story, replace(SAID, unreceipted=(3,)))
+
+
+def test_a_miner_that_waits_for_a_missing_head_says_so_once(story: Run) -> None:
+    story.facts.require_spec().protocol_version = CHECKED
+    story.opened("train")
+    assert steps(story) == []
+    window = story.facts.window("train", 1).opened_fact
+    assert window is not None
+    late = window.time_unix_ms + HEAD_SECONDS * 1000
+    assert without_head(story.facts, ME, {}, late - 1) == Decision((), late), "it may come yet"
+    (action,) = without_head(story.facts, ME, {}, late).actions
+    assert isinstance(action.payload, LogDecision)
+    assert "the coordinator has not signed yet where cycle 1 begins" in action.payload.text
+    told = {1: replace(CycleProgress(1, ME), told=(action.payload.name,))}
+    assert without_head(story.facts, ME, told, late) == Decision()
+    assert without_head(story.facts, "USTRANGER", {}, late) == Decision()
+    story.facts.require_spec().protocol_version = 0
+    assert without_head(story.facts, ME, {}, late) == Decision()
