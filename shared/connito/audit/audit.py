@@ -17,6 +17,7 @@ from connito.protocol.policy.choices import TOKENS
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.wire.subjects import WINDOWS
+from connito.wire.verification import CATALOGUE
 
 if TYPE_CHECKING:
     from connito.audit.remeasure import Models
@@ -186,8 +187,11 @@ def recomputed(work: recompute.Recomputation, models: Models | None, cycle: int,
 
 
 def cycles_of(evidence: Evidence) -> list[int]:
-    """Return every cycle of which the log holds anything, also past one whose opening is missing."""
-    return sorted({key.cycle for key in evidence.facts.facts if key.cycle > 0 and key.section in WINDOWS})
+    """Return every cycle of which a service said anything, also past one whose opening is missing. A validator may speak of any
+    cycle, and what it says of one that never was is no gap in the operator's log.
+    """
+    said = (key for key in evidence.facts.facts if key.cycle > 0 and key.section in WINDOWS)
+    return sorted({key.cycle for key in said if CATALOGUE[key.section, key.kind][1] != "validator"})
 
 
 def pure(evidence: Evidence, cycle: int) -> Iterator[Step]:

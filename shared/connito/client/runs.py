@@ -10,7 +10,7 @@ from connito.bus.streams import FACT_STREAMS
 from connito.client.security import advisories
 from connito.client.waiting import waiting
 from connito.errors import ConnitoError, Invalid, NotFound
-from connito.platform.log import newest, read_log, read_runs
+from connito.platform.log import hear_trained, newest, read_log, read_runs
 from connito.platform.session import Session
 from connito.protocol.quorum import pause
 from connito.protocol.rules import Stake
@@ -168,7 +168,10 @@ async def _newest(session: Session, run: str) -> RunFacts | None:
     """Return the facts of one run: the one named, or the one created last."""
     async with session.bus() as bus:
         log = await read_log(bus, session.roster, run)
-    return _named(log, run) if run else newest(log)
+        facts = _named(log, run) if run else newest(log)
+        if facts is not None:
+            await hear_trained(bus, log, facts.run)
+    return facts
 
 
 def _run(facts: RunFacts, stake: Stake) -> dict[str, Any]:

@@ -74,10 +74,12 @@ def clock(skew: float, whose: str) -> Check:
 
 async def _resume(session: Session, bus: Bus) -> Check:
     """Check the runs that have not ended, and what they wait for."""
-    from connito.platform.log import read_runs
+    from connito.platform.log import hear_trained, read_runs
 
     log = await read_runs(session, bus)
     runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
+    for facts in runs:
+        await hear_trained(bus, log, facts.run)
     stake = session.roster.stake
     stuck = [facts for facts in runs if _overdue(facts, stake)]
     found = "; ".join(f"{facts.run}: {_where(facts, stake)}" for facts in runs) or "no run is under way"

@@ -35,6 +35,17 @@ def apply(log: Log, record: Record) -> Fact | None:
     return None
 
 
+async def hear_trained(bus: Bus, log: Log, run: str) -> None:
+    """Read what miners say of a run in whose train window they are awaited: nothing else tells how many are here."""
+    facts = log.runs[run]
+    window = facts.open_window if facts.ended is None else None
+    if window is not None and window.name == "train":
+        # Whose key does not open it sees what stands in the other streams.
+        with suppress(Invalid):
+            async for record in bus.stored(("INGRESS",), run):
+                apply(log, record)
+
+
 def newest(log: Log) -> RunFacts | None:
     """Return the run that was created last."""
     created = [(fact.sequence, facts) for facts in log.runs.values() if (fact := facts.created_fact) is not None]

@@ -279,6 +279,31 @@ async def test_who_cosigns_a_head_that_never_was_does_not_frame_the_operator(tmp
     assert found.blame == [f"validator {VALIDATORS['3']}"]
 
 
+AHEAD = {
+    ("train", "seed"): cycle_pb2.SeedCommitted,
+    ("validate", "seed"): cycle_pb2.SeedRevealed,
+    ("validate", "report"): cycle_pb2.ScoreReport,
+    ("validate", "objection"): cycle_pb2.Objection,
+}
+
+
+@pytest.mark.parametrize("cycle", [4, 900])
+@pytest.mark.parametrize("place", AHEAD, ids="-".join)
+async def test_who_speaks_of_a_cycle_that_never_was_does_not_frame_the_operator(
+    place: tuple[str, str], cycle: int, tmp_path: Path
+) -> None:
+    class Ahead(Cycle):
+        def train(self) -> None:
+            super().train()
+            if self.number == 1:
+                key, (section, kind) = VALIDATORS["3"], place
+                message = AHEAD[place](run=RUN, cycle=cycle, validator=key)
+                self.world.publish(section, cycle, kind, message, key, key)
+
+    found = await look(tell(tmp_path, story=Ahead), tmp_path)
+    assert found.blame == []
+
+
 def test_a_head_of_any_number_is_missed_at_once() -> None:
     """All validators of a run, which may be one, can say that they cosigned it."""
     (key, *_) = VALIDATORS.values()
