@@ -19,7 +19,8 @@ from connito.protocol.claims import CLAIMED_TOKENS, MARGIN, claimed_rows, counts
 from connito.protocol.merging.aggregators import aggregate, plan_by_expert
 from connito.protocol.merging.by_expert import judged, of_equal_mass
 
-from bench.decentralised import DOMAINS, PER_LAYER, loss_of, shards_of, tensors
+from bench.decentralised import loss_of, shards_of, tensors
+from bench.decentralised_cells import DOMAINS, PER_LAYER
 from bench.harness import Options, Result, main, note
 from bench.merging import StateDeltas
 from bench.tiny_rig import LENGTH, Rig, rig_settings, rigs, spread

@@ -20,8 +20,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,25 @@ from connito.protocol.policy.choices import ADAMW, MUON
 from connito.workloads.scoring import rebase
 
 from bench.compose_setup import base
+from bench.decentralised_cells import (
+    BATCH,
+    BY_MUON,
+    CENTRAL_RATES,
+    DOMAINS,
+    GOAL,
+    HELD,
+    PER_LAYER,
+    PILOT_SEEDS,
+    RATES,
+    SAME,
+    SEEDS,
+    STEPS,
+    STRICT_SEEDS,
+    TARGET,
+    Cell,
+    cells,
+    longer,
+)
 from bench.harness import Options, Result, interval, main, note
 from bench.local_work import Miner, exchange
 from bench.merging import ARMS, DEFAULT, WHOLE, Arm, merged
@@ -45,76 +64,6 @@ if TYPE_CHECKING:
     from connito.moe.evaluate import Evaluator
     from connito.moe.selection import Selection
     from torch import nn
-
-DOMAINS = ("recipes", "logs", "poems", "ledgers")
-# Named before their first run, when all rules stood.
-SEEDS = (5101, 5102, 5103, 5104, 5105)
-# The same before the gate allowed for chance.
-STRICT_SEEDS = (4101, 4102, 4103, 4104, 4105)
-# What rates and rules were chosen on.
-PILOT_SEEDS = (901, 902, 903, 2101, 2102, 2103, 2104, 2105, 3101, 3102)
-STEPS, BATCH, HELD, PER_LAYER, GOAL = 100, 4, 24, 3, 0.98
-LOCAL_STEPS, MINERS, LONG = (1, 5, 20, 50), (4, 8, 32), 400
-DATA = ("IID", "non-IID")
-TARGET = "target"
-# Of a miner, by H.
-RATES = {1: 2e-3, 5: 8e-3, 20: 8e-3, 50: 8e-3}
-# Of central, with what each falls to by a cosine: the two best of twice as many.
-SAME = "steps, same rate"
-BY_MUON = "steps of Muon"
-CENTRAL_RATES = {
-    "steps": ((8e-3, 1.0), (1.6e-2, 0.1)),
-    "tokens": ((8e-3, 1.0), (8e-3, 0.1)),
-    BY_MUON: ((3.2e-2, 1.0), (6.4e-2, 0.1)),
-}
-
-
-STRICT = "default, strict gate"
-# Arms beside the default are measured where the miners differ most; robust ones and baselines with four miners.
-BESIDE = ("default, unjudged", "default, gainers alone")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement. Central ones have no H (0), and what they share with the miners as their arm."""
-
-    seed: int
-    data: str
-    miners: int
-    steps: int
-    arm: str
-    # Local steps of a miner.
-    total: int = STEPS
-
-    @property
-    def name(self) -> str:
-        """Return the name by which cells are kept and chosen."""
-        long = "" if self.total == STEPS else f"-of_{self.total}"
-        return f"{self.seed}-{self.data}-{self.miners}x{self.steps}-{self.arm}{long}".replace(" ", "_").replace(",", "")
-
-
-def cells(seeds: Sequence[int]) -> Iterator[Cell]:
-    """Yield all cells, the most telling ones first."""
-    for miners in MINERS:
-        for steps in sorted(LOCAL_STEPS, key=lambda h: (h != 20, h)):
-            for seed in seeds:
-                yield from (Cell(seed, "central", miners, 0, of) for of in CENTRAL_RATES if steps == 20)
-                for data in reversed(DATA):
-                    yield Cell(seed, data, miners, steps, STRICT if seed in STRICT_SEEDS else "default")
-                    if miners == 4 and steps > 1 and seed not in STRICT_SEEDS:
-                        yield Cell(seed, data, miners, steps, "default, Muon")
-                    if steps == 20 and miners == 4:
-                        yield from (Cell(seed, data, miners, steps, arm) for arm in ARMS if arm != "default")
-                        continue
-                    if steps == 20 or (miners == 4 and data == "non-IID"):
-                        yield from (Cell(seed, data, miners, steps, arm) for arm in BESIDE)
-
-
-def longer(seeds: Sequence[int]) -> Iterator[Cell]:
-    """Yield cells with as many merges of long cycles as there are of short ones otherwise."""
-    for seed in seeds:
-        yield Cell(seed, "central", 4, 0, "steps", LONG)
-        yield from (Cell(seed, data, 4, 20, "default", LONG) for data in DATA)
 
 
 def run(options: Options) -> Result:
@@ -154,18 +103,28 @@ def _named(cell: Cell, only: str) -> bool:
 QUICK = ("steps", "tokens", "default", "default, gainers alone", "whole, mean")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is learned, with how many experts a layer, and rates: a miner's by H, central's with what each falls to."""
+
+    domains: Sequence[str] = DOMAINS
+    per_layer: int = PER_LAYER
+    rates: Mapping[int, float] = field(default_factory=lambda: RATES)
+    central: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=lambda: CENTRAL_RATES)
+
+
 class Bench:
     """One seed's base, text and held-out loss."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, setting: Setting = Setting()) -> None:
         import torch
         from connito.moe.evaluate import Evaluator
 
         torch.set_num_threads(1)
-        self.rig = rig
-        self.selection: Selection = rig.select(DOMAINS, PER_LAYER)
+        self.rig, self.setting = rig, setting
+        self.selection: Selection = rig.select(setting.domains, setting.per_layer)
         self.evaluator = Evaluator(rig.model(), self.selection)
-        held = np.concatenate([rig.held(domain, HELD) for domain in DOMAINS])
+        held = np.concatenate([rig.held(domain, HELD) for domain in setting.domains])
         # Every other sequence gives the utilities; the other half is reported.
         self.score, self.report = held[::2], held[1::2]
 
@@ -187,30 +146,30 @@ class Bench:
         from connito.moe.routed import routed_tokens
 
         self.evaluator.put(self.evaluator.base)
-        found = counts_of([routed_tokens(self.evaluator.model, self.selection, self.rig.probe(DOMAINS, 8))])
+        found = counts_of(
+            [routed_tokens(self.evaluator.model, self.selection, self.rig.probe(self.setting.domains, 8))]
+        )
         return {layer: counts[0] for layer, counts in found.items()}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's gain in nats per token, and the rate it was reached with."""
         if cell.data == "central":
             return self._central(cell)
-        arm, rate = ARMS[cell.arm], RATES[cell.steps] * ARMS[cell.arm].rate
-        theta = self._cycles(
-            arm, rate, shards_of(self.rig, cell.miners, cell.steps, cell.total, iid=cell.data == "IID")
-        )
+        arm, rate = ARMS[cell.arm], self.setting.rates[cell.steps] * ARMS[cell.arm].rate
+        theta = self._cycles(arm, rate, self._shards(cell.miners, cell.steps, cell.total, iid=cell.data == "IID"))
         return {"rate": rate, "gain": self.start - loss_of(self.evaluator, theta, self.report)}
 
     def _central(self, cell: Cell) -> dict[str, Any]:
         from connito.moe.resident import write_targets
         from connito.moe.training import train_local
 
-        shards = shards_of(self.rig, cell.miners, cell.total, cell.total, iid=True)[0]
+        shards = self._shards(cell.miners, cell.total, cell.total, iid=True)[0]
         together = shards.swapaxes(0, 1)
         batches = together.reshape(cell.total, -1, LENGTH + 1)
         if cell.arm == "tokens":
             batches = together.reshape(-1, BATCH, LENGTH + 1)
         found = []
-        for rate, final in CENTRAL_RATES[cell.arm]:
+        for rate, final in self.setting.central[cell.arm]:
             write_targets(self.model, self.evaluator.base)
             schedule = Schedule(1, len(batches), final)
             inner = MUON if cell.arm == BY_MUON else ADAMW
@@ -220,6 +179,9 @@ class Bench:
             gain = self.start - loss_of(self.evaluator, state, self.report)
             found.append({"rate": rate, "final_rate_share": final, "gain": gain})
         return max(found, key=lambda row: row["gain"]) | {"tried": found}
+
+    def _shards(self, miners: int, steps: int, total: int, *, iid: bool) -> Tokens:
+        return shards_of(self.rig, miners, steps, total, iid=iid, domains=self.setting.domains)
 
     def _cycles(self, arm: Arm, rate: float, shards: Tokens) -> Any:
         """Return the state after all cycles of shards [cycles, miners, H, B, L + 1]."""
@@ -305,10 +267,19 @@ def _as_judged(theta: Any, states: Sequence[Any], routed: Sequence[dict[int, lis
     ]
 
 
-def shards_of(rig: Rig, miners: int, steps: int, total: int = STEPS, *, iid: bool, batch: int = BATCH) -> Tokens:
+def shards_of(
+    rig: Rig,
+    miners: int,
+    steps: int,
+    total: int = STEPS,
+    *,
+    iid: bool,
+    batch: int = BATCH,
+    domains: Sequence[str] = DOMAINS,
+) -> Tokens:
     """Return [cycles, miners, H, B, L + 1]; both arrangements hold exactly the same sequences."""
     each = total * batch
-    by_domain = [rig.train(domain, each * miners // len(DOMAINS)) for domain in DOMAINS]
+    by_domain = [rig.train(domain, each * miners // len(domains)) for domain in domains]
     pool = np.concatenate(by_domain)  # miners // 4 blocks of `each` sequences per domain
     if iid:
         pool = pool[np.random.default_rng(rig.seed).permutation(len(pool))]
@@ -329,20 +300,14 @@ def loss_of(evaluator: Evaluator, state: Any, table: Tokens) -> float:
 
 
 def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
-    central = {(*_whose(r), r["arm"]): r["gain"] for r in rows if r["data"] == "central"}
-    # The first that is tried has the miners' rate, and stays.
-    central |= {
-        (*_whose(r), SAME): r["tried"][0]["gain"] for r in rows if (r["data"], r["arm"]) == ("central", "steps")
+    central = central_of(rows)
+    figures = kept_of(rows, central)
+    ends = (", default, equal steps", ", default, unjudged, equal steps")
+    bars = {
+        key.removesuffix(", equal steps").replace(", default", ""): tuple(value[:3])
+        for key, value in figures.items()
+        if key.endswith(ends)
     }
-    figures: dict[str, Any] = {}
-    bars: dict[str, tuple[float, float, float]] = {}
-    for key, found in _groups(rows).items():
-        for against in (*CENTRAL_RATES, SAME):
-            kept = [r["gain"] / central[of] for r in found if (of := (*_whose(r), against)) in central]
-            if kept:
-                figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
-                if against == "steps" and key.endswith((", default", ", default, unjudged")):
-                    bars[key.replace(", default", "")] = interval(kept)
     figures |= _beside_default(rows, central)
     with axes(options.out / "decentralised.svg", 1) as (share,):
         share.bars(bars, "share of the central improvement kept at equal steps, default merge")
@@ -365,6 +330,26 @@ def _result(options: Options, rows: list[dict[str, Any]]) -> Result:
         "torch_threads": 1,
     }
     return Result(settings, rows, figures)
+
+
+def central_of(rows: list[dict[str, Any]]) -> dict[Any, float]:
+    """Return central's gain by seed, miners, steps and what it shares with the miners."""
+    found = {(*_whose(r), r["arm"]): r["gain"] for r in rows if r["data"] == "central"}
+    # The first that is tried has the miners' rate, and stays.
+    return found | {
+        (*_whose(r), SAME): r["tried"][0]["gain"] for r in rows if (r["data"], r["arm"]) == ("central", "steps")
+    }
+
+
+def kept_of(rows: list[dict[str, Any]], central: Mapping[Any, float]) -> dict[str, Any]:
+    """Return by arm and central run the share of central's gain that is kept: [mean, low, high, seeds]."""
+    figures: dict[str, Any] = {}
+    for key, found in _groups(rows).items():
+        for against in (*CENTRAL_RATES, SAME):
+            kept = [r["gain"] / central[of] for r in found if (of := (*_whose(r), against)) in central]
+            if kept:
+                figures[f"{key}, equal {against}"] = [round(value, 4) for value in interval(kept)] + [len(kept)]
+    return figures
 
 
 def _beside_default(rows: list[dict[str, Any]], central: dict[Any, float]) -> dict[str, Any]:

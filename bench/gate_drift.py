@@ -23,7 +23,8 @@ from connito.protocol.merging.gate import Losses, Rule, judge
 from connito.protocol.policy.law import DEFAULTS
 
 from bench.compose_setup import base
-from bench.decentralised import TARGET, Bench, shards_of
+from bench.decentralised import Bench, shards_of
+from bench.decentralised_cells import TARGET
 from bench.harness import Options, Result, main, note
 from bench.tiny_rig import Rig, batched, spread
 

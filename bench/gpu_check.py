@@ -12,8 +12,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 from bench.harness import machine
 from bench.memory import SHAPES, Shape, config_of, experts_of
 
-# Seconds of each part; together less than eight minutes.
-PARTS = {"parity": 100, "training": 240, "scoring": 100}
+# Seconds of each part; together less than six minutes.
+PARTS = {"parity": 60, "training": 200, "scoring": 60}
 FAMILIES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
 NEEDED = ("torch", "transformers", "numpy", "safetensors", "bitsandbytes")
 
@@ -33,8 +34,11 @@ def missing() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def parity(device: str) -> list[dict[str, Any]]:
-    """Return the largest difference of logits and of the targets' gradients, relative to the largest value, by family."""
+Rows = Iterator[dict[str, Any]]
+
+
+def parity(device: str) -> Rows:
+    """Yield the largest difference of logits and of the targets' gradients, relative to the largest value, by family."""
     import copy
 
     import torch
@@ -42,7 +46,6 @@ def parity(device: str) -> list[dict[str, Any]]:
     from connito.moe.resident import compress, target_parameters
     from transformers import AutoModelForCausalLM
 
-    rows = []
     for shape in (next(s for s in SHAPES if s.family == family) for family in FAMILIES):
         config = config_of(Shape(shape.name, shape.family, shape.config))
         torch.manual_seed(0)
@@ -59,8 +62,7 @@ def parity(device: str) -> list[dict[str, Any]]:
             whole = getattr(layers[int(index)].experts, part).grad[targets[int(index)]]
             # Rows that no token came to have no gradient where a whole bank has zeros.
             gradients.append(_apart(torch.zeros_like(whole) if parameter.grad is None else parameter.grad, whole))
-        rows.append({"family": shape.family, "logits": _apart(*said), "gradients": max(gradients)})
-    return rows
+        yield {"family": shape.family, "logits": _apart(*said), "gradients": max(gradients)}
 
 
 def _apart(one: Any, other: Any) -> float:
@@ -68,9 +70,9 @@ def _apart(one: Any, other: Any) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
-def training(device: str) -> list[dict[str, Any]]:
-    """Return measured beside predicted peak, and speed, of each published shape; of a small one on the CPU."""
-    return [step(*job, device) for job in _jobs(device) for step in (_trained, _plain)]
+def training(device: str) -> Rows:
+    """Yield measured beside predicted peak, and speed, of each published shape; of a small one on the CPU."""
+    yield from (step(*job, device) for job in _jobs(device) for step in (_trained, _plain))
 
 
 def _jobs(device: str) -> list[tuple[str, Any, dict[int, list[int]], Any]]:
@@ -155,8 +157,8 @@ def _plain(name: str, config: Any, targets: dict[int, list[int]], work: Any, dev
     return row
 
 
-def scoring(device: str) -> list[dict[str, Any]]:
-    """Return tokens a second of evaluation and of routing, on a mixture of random weights."""
+def scoring(device: str) -> Rows:
+    """Yield tokens a second of evaluation and of routing, on a mixture of random weights."""
     import torch
     from connito.moe.evaluate import Evaluator
     from connito.moe.statistics import collect
@@ -172,27 +174,32 @@ def scoring(device: str) -> list[dict[str, Any]]:
         "validator": lambda: judge.losses(None, rows),
         "selector": lambda: collect(model, rows[:, :-1]),
     }
-    found = []
     for name, use in uses.items():
         use()
         begun = time.perf_counter()
         use()
-        found.append({"service": name, "tokens_per_second": rows[:, 1:].size / (time.perf_counter() - begun)})
-    return found
+        yield {"service": name, "tokens_per_second": rows[:, 1:].size / (time.perf_counter() - begun)}
 
 
 def run_part(part: str, device: str, seconds: int) -> dict[str, Any]:
-    """Run a part in a process of its own; return its rows, or why there are none."""
-    command = [sys.executable, "-m", "bench.gpu_check", "--part", part, "--device", device]
-    begun = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {seconds} s"}
-    took = {"seconds": round(time.monotonic() - begun, 1)}
-    if done.returncode:
-        return {**took, "failed": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
-    return {**took, "rows": json.loads(done.stdout.splitlines()[-1])}
+    """Run a part in a process of its own; return its rows, and why there are no more of them."""
+    return gathered([sys.executable, "-m", "bench.gpu_check", "--part", part, "--device", device], seconds)
+
+
+def gathered(command: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Run a command that prints a row a line; return those, and why there are no more of them."""
+    begun, found = time.monotonic(), dict[str, Any]()
+    with tempfile.TemporaryFile("w+") as rows, tempfile.TemporaryFile("w+") as said:
+        try:
+            code = subprocess.run(command, stdout=rows, stderr=said, timeout=seconds, check=False).returncode
+            if code:
+                said.seek(0)
+                found["failed"] = (said.read().strip().splitlines() or ["no reason given"])[-1]
+        except subprocess.TimeoutExpired:
+            found["failed"] = f"took more than {seconds} s"
+        rows.seek(0)
+        found["rows"] = [json.loads(line) for line in rows if line.endswith("\n")]
+    return {"seconds": round(time.monotonic() - begun, 1), **found}
 
 
 def main() -> int:
@@ -217,9 +224,9 @@ def main() -> int:
         )
         return 5
     if arguments.part:
-        print(
-            json.dumps({"parity": parity, "training": training, "scoring": scoring}[arguments.part](arguments.device))
-        )
+        parts: dict[str, Callable[[str], Rows]] = {"parity": parity, "training": training, "scoring": scoring}
+        for row in parts[arguments.part](arguments.device):
+            print(json.dumps(row), flush=True)
         return 0
     found = {part: run_part(part, arguments.device, seconds) for part, seconds in PARTS.items()}
     gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "none"
@@ -227,7 +234,10 @@ def main() -> int:
     path = arguments.out / f"{gpu.lower().replace(' ', '-')}.json"
     path.write_text(json.dumps({**machine(), "gpu": gpu, "torch": torch.__version__, **found}, indent=1) + "\n")
     print(f"written to {path}")
-    return 1 if any("failed" in part for part in found.values()) else 0
+    failed = {part: row["failed"] for part, rows in found.items() for row in (rows, *rows["rows"]) if "failed" in row}
+    for part, reason in failed.items():
+        print(f"{part} failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,24 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "gpu": None,
-        "versions": {name: version(name) for name in ("connito", "numpy", "torch", "transformers")},
+        "gpu": gpu_name(),
+        "versions": {name: _version(name) for name in ("connito", "numpy", "torch", "transformers")},
     }
+
+
+def gpu_name() -> str | None:
+    """Return the name of the GPU that this process uses, if it uses one."""
+    torch = sys.modules.get("torch")
+    used = torch is not None and torch.cuda.is_initialized()
+    return torch.cuda.get_device_name() if torch is not None and used else None
+
+
+def _version(name: str) -> str | None:
+    """Return a package's version; none where its folder is on the path without being installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

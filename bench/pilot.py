@@ -14,6 +14,7 @@ names parts: `tiny miners`, say, or whole arms by the names of their files. Seed
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from connito.protocol.policy.choices import ADAMW, MUON
 
-from bench.harness import Options, Result, interval, main, note
+from bench.harness import Options, Result, gpu_name, interval, main, note
 from bench.local_work import Miner
 from bench.merging import Merge, merged
 from bench.plots import axes
-from bench.tiny_rig import Tokens
+from bench.tiny_rig import Tokens, mean_loss
 from bench.training_methods import Job, Loop, everything_but, expert_only, full_fine_tuning, lora
 
 SEEDS = (5101, 5102, 5103, 5104, 5105)
@@ -45,7 +47,9 @@ class Size:
     steps: int
     batch: int
     general: tuple[str, ...]
+    # A miner's of AdamW and of Muon.
     rate: float
+    muon: float
     rates: Mapping[str, tuple[float, ...]]
     ranks: tuple[int, ...]
 
@@ -53,11 +57,17 @@ class Size:
 EXPERT_RATES, LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 TINY_RATES = {"expert-only": EXPERT_RATES, "ESFT": EXPERT_RATES, "LoRA": LORA_RATES, "full": FULL_RATES}
-# A large base takes steps so many times smaller.
-DEMO_RATES = {method: tuple(rate / 40 for rate in rates) for method, rates in TINY_RATES.items()}
+DEMO_EXPERT_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+DEMO_RATES = {
+    "expert-only": DEMO_EXPERT_RATES,
+    "ESFT": DEMO_EXPERT_RATES,
+    "LoRA": (1e-4, 3e-4, 1e-3, 3e-3),
+    "full": (1e-5, 3e-5, 1e-4, 3e-4),
+}
+# Of the demo base the rates are the demo's own, and of Muon the best of a sweep there, on another domain.
 SIZES = {
-    "tiny": Size(10, 20, 4, 4, ("recipes", "logs", "poems", "ledgers"), 8e-3, TINY_RATES, (4, 16, 64)),
-    "demo": Size(100, 20, 2, 4, ("code", "legal"), 2e-4, DEMO_RATES, (4, 16, 64)),
+    "tiny": Size(10, 20, 4, 4, ("recipes", "logs", "poems", "ledgers"), 8e-3, 3.2e-2, TINY_RATES, (4, 16, 64)),
+    "demo": Size(100, 20, 2, 4, ("code", "legal"), 4e-4, 3.2e-3, DEMO_RATES, (4, 16, 64)),
 }
 
 
@@ -82,6 +92,7 @@ def run(options: Options) -> Result:
             pilots = {(base, seed): Pilot(base, seed, folder)}
         note(f"{base}, seed {seed}: {arm}")
         row = {"base": base, "seed": seed, "arm": arm, **pilots[base, seed].measure(arm, path.with_suffix(".state"))}
+        row["gpu"] = gpu_name()
         path.write_text(json.dumps(row) + "\n")
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     rows = [row for row in rows if row["seed"] in seeds]
@@ -94,9 +105,13 @@ def run(options: Options) -> Result:
     return Result(settings, rows, figures(rows))
 
 
+# Arms with cycles, of miners or of one machine, by the optimiser of their steps.
+CYCLES = {"miners": ADAMW, "central": ADAMW, "miners by Muon": MUON, "central by Muon": MUON}
+
+
 def arms(size: Size) -> Iterator[str]:
     """Yield the arms, miners and one machine first."""
-    yield from ("miners", "central")
+    yield from CYCLES
     for method, rates in size.rates.items():
         for rate in rates:
             if method == "LoRA":
@@ -140,10 +155,10 @@ def exact(model: Any, ids: Tokens, answers: Tokens) -> float:
     """
     import torch
 
-    table, right, asked = torch.from_numpy(ids.astype(np.int64)), 0, 0
+    table, right, asked = torch.from_numpy(ids.astype(np.int64)).to(next(model.parameters()).device), 0, 0
     with torch.inference_mode():
         likely = [model(input_ids=part[:, :-1], use_cache=False).logits.argmax(-1) for part in torch.split(table, 8)]
-        for hits, marks in zip((torch.cat(likely) == table[:, 1:]).numpy(), answers[:, 1:], strict=True):
+        for hits, marks in zip((torch.cat(likely) == table[:, 1:]).cpu().numpy(), answers[:, 1:], strict=True):
             numbers = [n for n in np.unique(marks) if n > 1]  # The first has no example before it.
             asked += len(numbers)
             right += sum(bool(hits[marks == n].all()) for n in numbers)
@@ -176,10 +191,15 @@ class Pilot:
         return base(self._folder, self.seed)
 
     def load(self) -> Any:
-        """Return a fresh full model."""
-        from connito.base.loading import load_full
+        """Return a fresh full model, on the GPU where there is one, with the family's own loop over experts."""
+        return copy.deepcopy(self._whole)
 
-        return load_full(self.source)
+    @cached_property
+    def _whole(self) -> Any:
+        from connito.base.loading import load_full
+        from connito.moe.device import device_of
+
+        return load_full(self.source).to(device_of())
 
     def chosen(self, method: str, threshold: float, per_layer: int = 0) -> Any:
         """Return the experts that sums use, by a method; at most `per_layer`."""
@@ -221,16 +241,20 @@ class Pilot:
 
     def judged(self, model: Any) -> dict[str, float]:
         """Return losses in nats per token, and the share of exact answers."""
-        from connito.experts.measure import loss
-
-        return {"sums": loss(model, self.held), "general": loss(model, self.general),
+        return {"sums": mean_loss(model, self.held), "general": mean_loss(model, self.general),
                 "exact": exact(model, self.held, self.answers)}  # fmt: skip
+
+    @cached_property
+    def _before(self) -> dict[str, float]:
+        return self.judged(self._whole)
 
     def measure(self, arm: str, kept: Path) -> dict[str, Any]:
         """Return what an arm comes to, after each cycle where it has cycles. kept: where its state is between them."""
-        if arm in ("miners", "central"):
-            return {"rate": self.size.rate, "cycles": self._cycles(kept, together=arm == "central")}
-        before, (job, rate) = self.judged(self.load()), self._job(arm)
+        if arm in CYCLES:
+            rate = self.size.muon if CYCLES[arm] == MUON else self.size.rate
+            together = arm.startswith("central")
+            return {"rate": rate, "cycles": self._cycles(kept, CYCLES[arm], rate, together=together)}
+        before, (job, rate) = self._before, self._job(arm)
         loop = Loop(job, rate)
         for batch in self.batches().swapaxes(1, 2).reshape(-1, MINERS * self.size.batch, LENGTH + 1):
             loop.step(batch)
@@ -246,7 +270,7 @@ class Pilot:
         chosen = self.selection if method == "expert-only" else self.chosen("esft-token", 0.2)
         return expert_only(self.load, chosen.layers, everything_but(self.load(), chosen.layers)), float(rest[0])
 
-    def _cycles(self, kept: Path, *, together: bool) -> list[dict[str, float]]:
+    def _cycles(self, kept: Path, inner: str, rate: float, *, together: bool) -> list[dict[str, float]]:
         """Return what is measured before the first cycle and after each one; of one machine, of all batches side by side."""
         import torch
         from connito.moe.moments import Moments
@@ -260,7 +284,7 @@ class Pilot:
         betas = (0.9, 0.95) if together else (DEFAULTS.training.beta1, 0.95)
         theta, outer = {name: rows.numpy() for name, rows in self.evaluator.base.items()}, None
         count = 1 if together else MINERS
-        workers = [Miner("adamw", Moments(second_only=second and not together), betas) for _ in range(count)]
+        workers = [Miner(inner, Moments(second_only=second and not together), betas) for _ in range(count)]
         whole = self.load()
         found, begun = [self.judged(whole)], 0
         if kept.exists():
@@ -269,7 +293,7 @@ class Pilot:
         for number, cycle in list(enumerate(self.batches()))[begun:]:
             start = {name: torch.from_numpy(rows) for name, rows in theta.items()}
             shares = cycle.swapaxes(0, 1).reshape(1, len(cycle[0]), -1, LENGTH + 1) if together else cycle
-            states = [w.work(model, start, own, self.size.rate) for w, own in zip(workers, shares, strict=True)]
+            states = [w.work(model, start, own, rate) for w, own in zip(workers, shares, strict=True)]
             if together:
                 theta = {name: rows.numpy() for name, rows in states[0].items()}
             else:
@@ -296,16 +320,16 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if len(mine[0]) > 2:
             fell = [float(np.mean(np.diff([at["sums"] for at in cycles]) < 0)) for cycles in mine]
             found[f"{base}, {arm}: cycles in which it fell"] = round(float(np.mean(fell)), 4)
-    for base in SIZES:
+    for base, by in ((base, by) for base in SIZES for by in ("", " by Muon")):
         ends = {
-            arm: {row["seed"]: row["cycles"] for row in rows if (row["base"], row["arm"]) == (base, arm)}
+            arm: {r["seed"]: r["cycles"] for r in rows if (r["base"], r["arm"]) == (base, f"{arm}{by}")}
             for arm in ("miners", "central")
         }
         both = sorted(ends["miners"].keys() & ends["central"].keys())
         gains = {arm: [ends[arm][s][0]["sums"] - ends[arm][s][-1]["sums"] for s in both] for arm in ends}
         if both:
             kept = [one / other for one, other in zip(gains["miners"], gains["central"], strict=True)]
-            found[f"{base}: kept of central"] = [*(round(x, 4) for x in interval(kept)), len(both)]
+            found[f"{base}: kept of central{by}"] = [*(round(x, 4) for x in interval(kept)), len(both)]
     return found
 
 

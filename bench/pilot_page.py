@@ -8,6 +8,8 @@ from typing import Any
 METHODS = {
     "miners": "miners, merged",
     "central": "the same experts on one machine",
+    "miners by Muon": "miners, merged, steps of Muon",
+    "central by Muon": "the same on one machine, steps of Muon",
     "expert-only": "the same experts, rate swept",
     "ESFT": "ESFT by its own rule",
     "LoRA experts": "LoRA on all experts",
@@ -43,17 +45,19 @@ which favours methods with many arms. Seeds, named before their first run: {", "
 
 def arms_of(found: Mapping[str, Any], base: str, method: str) -> list[str]:
     """Return the arms of a method that were measured on as many seeds as any of them."""
-    names = [
-        key.removesuffix(": sums") for key in found if key.startswith(f"{base}, {method}") and key.endswith(": sums")
-    ]
+    names = _named(found, base, method)
     most = max((found[f"{name}: sums"][3] for name in names), default=0)
     return [name for name in names if found[f"{name}: sums"][3] == most]
 
 
 def _named(found: Mapping[str, Any], base: str, method: str) -> list[str]:
-    return [
-        key.removesuffix(": sums") for key in found if key.startswith(f"{base}, {method}") and key.endswith(": sums")
-    ]
+    names = [key.removesuffix(": sums") for key in found if key.startswith(f"{base}, ") and key.endswith(": sums")]
+    return [name for name in names if _method(name.removeprefix(f"{base}, ")) == method]
+
+
+def _method(arm: str) -> str:
+    """Return the method of an arm: the longest name that it begins with."""
+    return max((name for name in METHODS if f"{arm} ".startswith(f"{name} ")), key=len)
 
 
 def _best(found: Mapping[str, Any], base: str) -> list[list[str]]:

@@ -16,7 +16,8 @@ import numpy as np
 from connito.moe.schedule import Schedule
 from connito.protocol.claims import claimed_rows
 
-from bench.decentralised import DOMAINS, PER_LAYER, loss_of, shards_of, tensors
+from bench.decentralised import loss_of, shards_of, tensors
+from bench.decentralised_cells import DOMAINS, PER_LAYER
 from bench.harness import Options, Result, main, note
 from bench.merging import BETA1, MOMENTS, Merge, merged
 from bench.tiny_rig import Rig, rig_settings, rigs, spread

@@ -117,10 +117,10 @@ def mean_loss(model: nn.Module, table: Tokens, batch: int = 16) -> float:
     import torch
     from connito.moe.head import Head
 
-    head, total = Head(model), 0.0
+    head, total, device = Head(model), 0.0, next(model.parameters()).device
     with torch.inference_mode():
         for start in range(0, len(table), batch):
-            ids = torch.from_numpy(table[start : start + batch].astype(np.int64))
+            ids = torch.from_numpy(table[start : start + batch].astype(np.int64)).to(device)
             total += float(head.nll(ids[:, :-1], ids[:, 1:]).double().sum())
     return total / (len(table) * (int(table.shape[1]) - 1))
 

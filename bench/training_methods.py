@@ -150,7 +150,7 @@ class Loop:
         """Return loss of a batch [B, L + 1] in nats per token; gradients are left in the parameters."""
         import torch
 
-        ids = torch.from_numpy(batch.astype(np.int64))
+        ids = torch.from_numpy(batch.astype(np.int64)).to(self.job.parameters[0].device)
         loss = self._head.nll(ids[:, :-1], ids[:, 1:]).mean()
         self.optimiser.zero_grad(set_to_none=True)
         # Where no token went to a trained expert there is nothing to learn.

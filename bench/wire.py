@@ -27,7 +27,8 @@ from connito.protocol.coding import code_step, codec_of, decoded, encode
 from connito.v1.run_pb2 import TrainPolicy
 
 from bench.compose_setup import base
-from bench.decentralised import RATES, Bench, loss_of, shards_of, tensors
+from bench.decentralised import Bench, loss_of, shards_of, tensors
+from bench.decentralised_cells import RATES
 from bench.harness import Options, Result, interval, main, note
 from bench.local_work import Miner
 from bench.merging import BETA1, MOMENTS, WHOLE, Merge, merged

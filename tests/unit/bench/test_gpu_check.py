@@ -16,7 +16,7 @@ def test_every_small_part_runs_and_is_written(tmp_path: Path, monkeypatch: pytes
     parts = {"training": gpu_check.training, "scoring": gpu_check.scoring}
 
     def here(part: str, device: str, seconds: int) -> dict[str, Any]:
-        return {"rows": parts[part](device)}
+        return {"rows": list(parts[part](device))}
 
     monkeypatch.setattr(gpu_check, "run_part", here)
     monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 60))
@@ -34,11 +34,19 @@ def test_every_small_part_runs_and_is_written(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_parity_of_eight_families() -> None:
-    rows = gpu_check.parity("cpu")
+    rows = list(gpu_check.parity("cpu"))
     assert len(rows) == 8
     assert all(row["logits"] < 1e-5 and row["gradients"] < 1e-4 for row in rows), rows
 
 
-def test_a_part_that_fails_or_hangs_says_so() -> None:
+@pytest.mark.parametrize(
+    ("end", "seconds", "why"), [("time.sleep(60)", 3, "took more than 3 s"), ("sys.exit('full')", 60, "full")]
+)
+def test_a_part_that_fails_or_hangs_says_so_and_keeps_what_it_found(end: str, seconds: float, why: str) -> None:
+    program = f"import sys, time; print('{{}}', flush=True); {end}"
+    found = gpu_check.gathered([sys.executable, "-c", program], seconds)
+    assert (found["rows"], found["failed"]) == ([{}], why)
+
+
+def test_a_device_that_is_not_there_is_a_failure() -> None:
     assert "failed" in gpu_check.run_part("scoring", "no-such-device", 60)
-    assert gpu_check.run_part("scoring", "cpu", 0)["failed"] == "took more than 0 s"

@@ -9,7 +9,8 @@ import pytest
 from connito.protocol.policy.law import fill
 from connito.v1.run_pb2 import RunSpec
 
-from bench.decentralised import DOMAINS, shards_of
+from bench.decentralised import shards_of
+from bench.decentralised_cells import DOMAINS
 from bench.forgetting import frontier
 from bench.merging import ARMS, Merge, merged
 from bench.published_models import Assumed, count, rows
