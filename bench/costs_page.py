@@ -13,15 +13,58 @@ COSTS = ROOT / "docs/explanation/costs.md"
 # What lies between them on the page is written here.
 BEGIN, END = "<!-- written by bench.evidence -->\n", "<!-- until here -->\n"
 GOALS = "<!-- goals, written by bench.evidence -->\n"
+GPU = "<!-- on a GPU, written by bench.evidence -->\n"
 
 
 def render_costs(page: str, documents: Mapping[str, Document]) -> str:
     """Return the page with its written parts written anew."""
     for begin, part in ((BEGIN, _engine(documents["engine"])), (GOALS, _goals(documents["goals"]))):
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(END)
-        page = before + begin + paragraphs(part) + END + after
+        page = _replaced(page, begin, part)
     return page
+
+
+def render_gpu(page: str, document: Document) -> str:
+    """Return the page with what was measured on a GPU written anew."""
+    return _replaced(page, GPU, _on_gpu(document))
+
+
+def _replaced(page: str, begin: str, part: str) -> str:
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(END)
+    return before + begin + paragraphs(part) + END + after
+
+
+def _on_gpu(document: Document) -> str:
+    parity, services = document["parity"]["rows"], document["scoring"]["rows"]
+    trained = [row for part in document if part.startswith("training ") for row in document[part]["rows"]]
+    plain = [row for part in document if part.startswith("transformers ") for row in document[part]["rows"]]
+    rows = [
+        [
+            row["model"],
+            f"{row['predicted_bytes'] / 1e9:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{100 * (row['predicted_bytes'] / row['peak_bytes'] - 1):+.1f} %".replace("-", "−"),
+            f"{row['tokens_per_second']:.0f}",
+        ]
+        for row in trained
+    ]
+    alone = "; ".join(
+        f"{row['model']} {'does not fit' if 'out of memory' in row['failed'] else row['failed']}"
+        if "failed" in row
+        else f"{row['model']} {row['tokens_per_second']:.0f} tokens a second in {row['peak_bytes'] / 1e9:.2f} GB"
+        for row in plain
+    )
+    speeds = ", ".join(f"a {row['service']} {row['tokens_per_second']:.0f}" for row in services)
+    logits, gradients = (max(row[what] for row in parity) for what in ("logits", "gradients"))
+    return f"""
+`scripts/gpu-check`, {document["gpu"]}, torch {document["torch"]}: random weights of published shapes, frozen experts in four
+bits, one sequence of 2048 tokens, five targets a layer (ten of Qwen3-30B-A3B), the second of two steps.
+
+{table(("model", "predicted, GB", "measured peak, GB", "apart", "tokens a second"), rows)}
+Transformers alone, with whole banks trained by torch's AdamW: {alone}. On a small mixture {speeds} tokens a second. In float32
+the training models of {len(parity)} families are at most {logits:.0e} (logits) and {gradients:.0e}
+(targets' gradients) from transformers' own, relative to the largest. [Every number](../evidence/gpu.json).
+"""
 
 
 def _goals(document: Document) -> str:

@@ -49,6 +49,32 @@ is not in the table has not been measured. [Every number](../evidence/decentrali
 """
 
 
+def on_demo_base(document: Mapping[str, Any]) -> str:
+    """Return the section on the demo base."""
+    settings, machine = document["settings"], document["machine"]
+    tried = [row["tried"] for row in document["rows"] if (row["data"], row["arm"]) == ("central", "steps")]
+    rates = settings["setting"]["central"]["steps"]
+    best = [max(range(len(rates)), key=lambda place: one[place]["gain"]) for one in tried]
+    highest = max(range(len(rates)), key=lambda place: rates[place][0])
+    edge = (
+        f"Central was best at the highest rate that was tried, {rates[highest][0]:g} falling to {rates[highest][1]:g} of it, on "
+        f"{sum(place == highest for place in best)} of {len(best)} seeds; miners were given one rate, the demo's. "
+    )
+    return f"""
+## The same on the demo base
+
+`bench.decentralised_demo`: 274 million parameters and real text, {", ".join(settings["setting"]["domains"])} at once,
+{settings["setting"]["per_layer"]} experts a layer, {settings["steps"]} steps a miner of {settings["batch_sequences"]} sequences.
+Seeds, named before their first run: {_list(settings["seeds_named"])}.
+
+{_table(_HEAD, _kept(document["figures"]))}
+{edge}What is not in the table was not reached in the time that there was on a GPU.
+
+{len(document["rows"])} measurements, ten processes at a time on an {machine["gpu"]}. [Every
+number](../evidence/decentralised_demo.json).
+"""
+
+
 _HEAD = (
     "data, miners, steps a cycle, arm",
     "kept at equal steps",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.decentralised_page import decentralised
+from bench.decentralised_page import decentralised, on_demo_base
 from bench.pilot_page import pilot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ ON_PAGE = (
     "residency",
     "forgetting",
     "decentralised",
+    "decentralised_demo",
     "cost",
     "validator_throughput",
 )
@@ -117,9 +118,16 @@ def ran(document: Document) -> str:
     took = "" if document["settings"].get("in_parts") else f", {document['seconds'] / 60:.0f} minutes"
     return (
         f"{document['settings']['seeds']} {what}, {machine['cores']} cores of an {machine['cpu']}, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU{took}. "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {_gpus(document)}{took}. "
         f"[Every number](../evidence/{document['name']}.json).\n\n![{document['name']}](../evidence/{document['name']}.svg)\n"
     )
+
+
+def _gpus(document: Document) -> str:
+    names = [row["gpu"] for row in document["rows"] if row.get("gpu")]
+    if not names:
+        return "no GPU"
+    return f"for {len(names)} of {len(document['rows'])} measurements an {' and an '.join(sorted(set(names)))}"
 
 
 _HEAD = """# What the model side keeps, measured
@@ -329,6 +337,7 @@ _SECTIONS: dict[str, Callable[[Document], str]] = {
     "residency": _residency,
     "forgetting": _forgetting,
     "decentralised": decentralised,
+    "decentralised_demo": on_demo_base,
     "cost": _cost,
     "validator_throughput": _throughput,
 }

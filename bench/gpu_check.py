@@ -2,6 +2,7 @@
 
 parity       logits and gradients of eight families' training models beside transformers' own, in float32
 training     peak memory and tokens a second of published shapes with random weights, as `connito miner fits` sets them up
+transformers the same steps with transformers alone
 scoring      tokens a second of a validator's evaluation and of a selector's routing
 """
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ import numpy as np
 
 from bench.harness import machine
 from bench.memory import SHAPES, Shape, config_of, experts_of
+from bench.published_models import CONFIGS
 
-# Seconds of each part; together less than six minutes.
-PARTS = {"parity": 60, "training": 200, "scoring": 60}
+# Seconds of each part. What is trained is a part each, since a process that ran out of memory keeps what it holds.
+LOOPS = ("training", "transformers")
+PARTS = {"parity": 60, "scoring": 60, **{f"{loop} {model}": 60 for model in CONFIGS for loop in LOOPS}}
 FAMILIES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
 NEEDED = ("torch", "transformers", "numpy", "safetensors", "bitsandbytes")
 
@@ -70,31 +74,28 @@ def _apart(one: Any, other: Any) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
-def training(device: str) -> Rows:
-    """Yield measured beside predicted peak, and speed, of each published shape; of a small one on the CPU."""
-    yield from (step(*job, device) for job in _jobs(device) for step in (_trained, _plain))
+def training(part: str, device: str) -> Rows:
+    """Yield measured beside predicted peak, and speed, of a published shape; on the CPU of a small one of that family."""
+    loop, _, name = part.partition(" ")
+    yield (_trained if loop == LOOPS[0] else _plain)(*_job(name, device), device)
 
 
-def _jobs(device: str) -> list[tuple[str, Any, dict[int, list[int]], Any]]:
+def _job(name: str, device: str) -> tuple[str, Any, dict[int, list[int]], Any]:
     from connito.moe.engine import Engine
     from connito.moe.footprint import Workload
     from connito.workloads.rehearsal import same_everywhere
 
+    family, values = CONFIGS[name]
     if device == "cpu":
-        small = config_of(SHAPES[1])
-        return [("small", small, same_everywhere(small, 2), Workload(1, 64, residency="four-bit"))]
+        small = config_of(next(shape for shape in SHAPES if shape.family == family))
+        return name, small, same_everywhere(small, 2), Workload(1, 64, residency="four-bit")
     import torch
     from transformers import AutoConfig
 
-    from bench.published_models import CONFIGS
-
-    jobs = []
-    for name, (family, values) in CONFIGS.items():
-        config = AutoConfig.for_model(family, **values)
-        config.dtype = torch.bfloat16
-        work = Workload(1, 2048, residency="four-bit", cuda=True, engine=Engine(checkpointing=True))
-        jobs.append((name, config, same_everywhere(config, 10 if "Qwen3" in name else 5), work))
-    return jobs
+    config = AutoConfig.for_model(family, **values)
+    config.dtype = torch.bfloat16
+    work = Workload(1, 2048, residency="four-bit", cuda=True, engine=Engine(checkpointing=True))
+    return name, config, same_everywhere(config, 10 if "Qwen3" in name else 5), work
 
 
 def _trained(name: str, config: Any, targets: dict[int, list[int]], work: Any, device: str) -> dict[str, Any]:
@@ -118,7 +119,6 @@ def _trained(name: str, config: Any, targets: dict[int, list[int]], work: Any, d
         row |= {"tokens_per_second": work.sequences * work.length / seconds[-1]}
         if device != "cpu":
             row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
     except RuntimeError as error:
         row["failed"] = str(error).splitlines()[0]
     return row
@@ -151,7 +151,6 @@ def _plain(name: str, config: Any, targets: dict[int, list[int]], work: Any, dev
         row["tokens_per_second"] = ids.numel() / (time.perf_counter() - begun)
         if device != "cpu":
             row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
     except RuntimeError as error:
         row["failed"] = str(error).splitlines()[0]
     return row
@@ -207,7 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--part", choices=sorted(PARTS))
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence/gpu"))
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     arguments = parser.parse_args()
     if lacking := missing():
         print(
@@ -224,14 +223,14 @@ def main() -> int:
         )
         return 5
     if arguments.part:
-        parts: dict[str, Callable[[str], Rows]] = {"parity": parity, "training": training, "scoring": scoring}
-        for row in parts[arguments.part](arguments.device):
+        parts: dict[str, Callable[[str], Rows]] = {"parity": parity, "scoring": scoring}
+        for row in parts.get(arguments.part, partial(training, arguments.part))(arguments.device):
             print(json.dumps(row), flush=True)
         return 0
     found = {part: run_part(part, arguments.device, seconds) for part, seconds in PARTS.items()}
     gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "none"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{gpu.lower().replace(' ', '-')}.json"
+    path = arguments.out / "gpu.json"
     path.write_text(json.dumps({**machine(), "gpu": gpu, "torch": torch.__version__, **found}, indent=1) + "\n")
     print(f"written to {path}")
     failed = {part: row["failed"] for part, rows in found.items() for row in (rows, *rows["rows"]) if "failed" in row}

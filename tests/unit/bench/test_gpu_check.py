@@ -13,17 +13,17 @@ from bench import gpu_check
 
 
 def test_every_small_part_runs_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {"training": gpu_check.training, "scoring": gpu_check.scoring}
+    parts = {"training OLMoE-1B-7B": gpu_check.training, "transformers OLMoE-1B-7B": gpu_check.training}
 
     def here(part: str, device: str, seconds: int) -> dict[str, Any]:
-        return {"rows": list(parts[part](device))}
+        return {"rows": list(gpu_check.scoring(device) if part == "scoring" else parts[part](part, device))}
 
     monkeypatch.setattr(gpu_check, "run_part", here)
-    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 60))
+    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys((*parts, "scoring"), 60))
     monkeypatch.setattr(sys, "argv", ["gpu-check", "--device", "cpu", "--out", str(tmp_path)])
     assert gpu_check.main() == 0
-    written = json.loads((tmp_path / "none.json").read_text())
-    small, plain = written["training"]["rows"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    small, plain = (written[part]["rows"][0] for part in parts)
     assert small["predicted_bytes"] > 0
     assert plain["loop"] == "transformers"
     for row in (small, plain):
