@@ -105,7 +105,7 @@ QUICK = ("steps", "tokens", "default", "default, gainers alone", "whole, mean")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is learned, with how many experts a layer, and rates: a miner's by H, central's with what each falls to."""
+    """Domains to learn, experts a layer, and rates: a miner's by H, central's with what each falls to."""
 
     domains: Sequence[str] = DOMAINS
     per_layer: int = PER_LAYER

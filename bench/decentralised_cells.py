@@ -1,4 +1,4 @@
-"""What `bench.decentralised` measures: seeds, rates, and the cells in the order in which they tell most."""
+"""Seeds, rates and cells of `bench.decentralised`, in the order in which they tell most."""
 
 from __future__ import annotations
 
