@@ -23,7 +23,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 FLOW, SESSION = "connito_sign_in", "connito_session"
-FLOW_SECONDS, SESSION_SECONDS = 600, 12 * 3600
+# A session says what somebody was at the provider when it began: whoever loses a role there keeps it here for so long.
+FLOW_SECONDS, SESSION_SECONDS = 600, 3600
 # Browsers keep no larger cookie.
 MAX_COOKIE = 3800
 BEGIN, BACK = "/sign-in", "/sign-in/back"

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from connito.errors import Fatal
+from connito.library.governance import Viewer
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
 from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
 from services.console.settings import ConsoleSettings
+from services.console.sign_in import FLOW, SESSION, SignIn
 
 TOKEN = "correct-horse-battery"
 
@@ -63,6 +67,20 @@ def test_a_cookie_lasts_its_time_and_cannot_be_prolonged() -> None:
     assert not Access("another-token-of-length").admits(Headers(), {COOKIE: cookie})
     now += SESSION_SECONDS
     assert not access.admits(Headers(), {COOKIE: cookie})
+
+
+def test_a_role_that_is_taken_away_at_the_provider_is_gone_within_the_hour() -> None:
+    now = 1_000_000.0
+    signing = SignIn(MagicMock(), "console", "", "https://console.example.com", "openid", b"k" * 32, lambda: now)
+    signing.tokens.viewer.return_value = Viewer("ada", frozenset({"clinic"}))  # type: ignore[attr-defined]
+    signing._redeem = AsyncMock(return_value={})  # type: ignore[method-assign]
+    flow = signing._seal(FLOW, {"state": "s", "nonce": "n", "verifier": "v"}, 600)
+    cookies = {SESSION: asyncio.run(signing.end({"state": "s", "code": "c"}, flow))}
+    access = Access("", sign_in=signing)
+    now += 3599
+    assert asyncio.run(access.viewer(Headers(), cookies)) == Viewer("ada", frozenset({"clinic"}))
+    now += 1
+    assert asyncio.run(access.viewer(Headers(), cookies)) is None, "the provider is asked again"
 
 
 def test_no_token_is_never_known() -> None:
