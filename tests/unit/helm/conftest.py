@@ -38,6 +38,13 @@ def render(values: dict[str, Any], chart: Path = CHART, **options: Any) -> list[
     ]
 
 
+def notes(values: dict[str, Any], **options: Any) -> str:
+    """What Helm says at the end of an installation."""
+    with Chart.load(CHART) as loaded:
+        files = loaded.render(values, **{"name": "connito", "namespace": "ml"} | options)
+    return next(text for path, text in files.items() if path.endswith("NOTES.txt"))
+
+
 @cache
 def rendered(name: str) -> tuple[Object, ...]:
     """`render` of a values file, once per process. Do not change what is returned."""
