@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,8 +126,8 @@ class Roster:
             for key in members:
                 if not is_public_key(key):
                     raise Invalid(f"the roster {path} holds {key!r} under {role}, which is not a public nkey")
-        if any(stake < 0 for stake in stakes.values()):
-            raise Invalid(f"the roster {path} holds a negative stake")
+        if any(not 0 <= stake < math.inf for stake in stakes.values()):
+            raise Invalid(f"the roster {path} holds a stake that is negative or no finite number")
         for key, (role, _) in retired.items():
             if role not in (*ROLES, OPERATOR) or not is_public_key(key):
                 raise Invalid(f"the roster {path} retires {key!r} as {role!r}, which is no key or no role")

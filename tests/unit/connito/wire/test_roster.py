@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_organisations_are_kept_and_tell_memberships(tmp_path: Path) -> None:
         (json.dumps({"keys": {"king": [KEY]}}), "king"),
         (json.dumps({"keys": {"validator": ["nonsense"]}}), "nonsense"),
         (json.dumps({"keys": {}, "stakes": {KEY: -1}}), "negative"),
+        (json.dumps({"keys": {}, "stakes": {KEY: math.nan}}), "no finite number"),
+        (json.dumps({"keys": {}, "stakes": {KEY: math.inf}}), "no finite number"),
         (json.dumps({"keys": {}, "stakes": {KEY: "much"}}), "no roster"),
     ],
 )
