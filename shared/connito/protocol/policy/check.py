@@ -13,6 +13,8 @@ from connito.protocol.policy.law import (
     LAW,
     MAX_ALLOWED,
     MAX_CORPORA,
+    MAX_CYCLE_SEQUENCES,
+    MAX_CYCLE_TOKENS,
     MAX_CYCLES,
     MAX_EMISSION,
     MAX_RANKS,
@@ -75,6 +77,11 @@ def faults(spec: RunSpec, customer: str, organisations: Collection[str] | None =
     windows, training = spec.windows, spec.training
     if windows.floor_seconds > windows.ceiling_seconds:
         yield Fault("windows.floor_seconds", "is larger than windows.ceiling_seconds", "swap them or raise the ceiling")
+    rows = training.local_steps * training.batch_sequences
+    if rows > MAX_CYCLE_SEQUENCES or rows * training.sequence_length > MAX_CYCLE_TOKENS:
+        problem = f"makes {rows} sequences of {training.sequence_length} tokens a cycle with training.batch_sequences"
+        remedy = f"choose at most {MAX_CYCLE_SEQUENCES} sequences and {MAX_CYCLE_TOKENS} tokens a cycle, and more cycles"
+        yield Fault("training.local_steps", problem, remedy)
     if spec.selection.background and training.routing_mode != "natural":
         problem = f"needs natural routing, not {training.routing_mode}"
         yield Fault("selection.background", problem, "leave one of them out")

@@ -23,6 +23,9 @@ MAX_SOURCES, MAX_SOURCE_NAME = 100, 200
 # Corpora of one kind.
 MAX_CORPORA = 256
 MAX_TEXT = 4000
+# What a miner reads in one cycle: each part within its limits, the product of all could be no machine's, and whoever takes part
+# in the run, or judges it, holds that text in memory.
+MAX_CYCLE_TOKENS, MAX_CYCLE_SEQUENCES = 1 << 30, 1 << 22
 MAX_RANKS = 10_000
 MAX_ALLOWED = 10_000
 # What a selection's report holds, since diagnostics by domain and exact statistics.

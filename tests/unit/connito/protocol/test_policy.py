@@ -175,3 +175,25 @@ def test_short_windows_for_tests_are_possible() -> None:
     asked.windows.CopyFrom(WindowPolicy(floor_seconds=0.1, ceiling_seconds=2, assemble_seconds=5))
     windows = complete(asked, CUSTOMER).windows
     assert (windows.floor_seconds, windows.ceiling_seconds, windows.min_miners) == (0.1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "length", "taken"),
+    [
+        (100_000, 32, 128, True),
+        (2_048, 512, 1_024, True),
+        # Each within its limits: 3 TB of text for each miner, and for each validator that counts a claim again.
+        (100_000, 65_536, 128, False),
+        (100_000, 64, 4, False),
+        (1_000, 65_536, 1 << 20, False),
+    ],
+)
+def test_a_cycle_is_no_more_text_than_a_machine_holds(steps: int, batch: int, length: int, taken: bool) -> None:
+    asked = minimal()
+    asked.training.CopyFrom(TrainPolicy(local_steps=steps, batch_sequences=batch, sequence_length=length))
+    if taken:
+        assert complete(asked, CUSTOMER).training.local_steps == steps
+        return
+    with pytest.raises(Invalid, match="training.local_steps makes .* tokens a cycle, and more cycles") as caught:
+        complete(asked, CUSTOMER)
+    assert caught.value.reason == reasons_pb2.REASON_BAD_SPEC
