@@ -48,6 +48,8 @@ _WHERE = {
 }
 
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names of the table below resolve through __getattr__
+# Modules that the pages call by their names after `import connito` alone.
+_MODULES = ("audit", "client", "errors", "library", "local")
 
 
 def __getattr__(name: str) -> Any:
@@ -56,9 +58,11 @@ def __getattr__(name: str) -> Any:
 
         with extras_named():
             return getattr(import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return import_module(f"connito.{name}")
     raise AttributeError(f"module 'connito' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """Return the names that are offered, for completion in a notebook."""
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import connito
 import pytest
@@ -12,6 +14,15 @@ import pytest
 @pytest.mark.parametrize("name", ["Client", "compress", "load_expert", "select_experts"])
 def test_the_public_names_resolve(name: str) -> None:
     assert getattr(connito, name).__name__ == name
+
+
+def test_modules_that_the_pages_name_are_there_after_an_import_of_the_package_alone() -> None:
+    page = (Path(__file__).parents[3] / "docs/reference/python.md").read_text()
+    named = set(re.findall(r"\bconnito\.([a-z_]+)\.[a-z_]+\(?", page)) - {"nk"}
+    assert {"library", "local", "audit"} <= named
+    code = "import connito; print(sorted(name for name in {names} if not hasattr(connito, name)))"
+    run = [sys.executable, "-c", code.format(names=sorted(named & set(connito._MODULES) | {"library", "errors"}))]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -53,7 +64,7 @@ def test_a_public_name_means_one_thing() -> None:
 def test_what_is_offered_is_what_completion_shows() -> None:
     import connito.library as library
 
-    assert set(dir(connito)) == set(connito.__all__)
+    assert set(dir(connito)) == {*connito.__all__, *connito._MODULES}
     assert set(dir(library)) == set(library.__all__)
     client = connito.Client()
     assert {"job", "library", "aio", "ban", "local", "close"} <= set(dir(client))
