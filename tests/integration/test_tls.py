@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from connito.bus import Bus, streams
 from connito.errors import Fatal, Invalid, Retry
+from connito.local.doctor_platform import Check, _expiries
 from connito.platform.servers import NatsServer
+from connito.platform.session import Session
 from connito.service import rpc
 from connito.v1 import reasons_pb2
 from connito.wire.identity import Identity
+from connito.wire.roster import Roster
 from connito.wire.tls import Tls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -113,6 +116,24 @@ async def not_answered(port: int, tls: Tls, reason: int) -> None:
     with pytest.raises(Invalid) as caught:
         await ask(port, replace(tls, api="tls"))
     assert caught.value.reason == reason, str(caught.value)
+
+
+@pytest.mark.parametrize("broker", ["tls", "mtls", "old"], indirect=True)
+async def test_the_doctor_trusts_what_the_bus_trusts(broker: TlsServer, pki: Certificates) -> None:
+    async def line(tls: Tls) -> Check:
+        session = Session(broker.url, Identity.generate(), Roster(), tls=tls)
+        (check,) = await _expiries(session)
+        return check
+
+    mine = replace(pki.client, ca=pki.trust.ca)
+    if broker.own is pki.old_server:
+        said = await line(mine)
+        assert (said.ok, "has expired" in said.found, said.remedy.startswith("renew it")) == (False, True, True)
+        return
+    good = await line(mine)
+    assert good.found.startswith("valid until"), "the authority that CONNITO_TLS_CA names signed it"
+    strange = await line(pki.distrust)
+    assert (strange.ok, "CONNITO_TLS_CA names the authority to trust" in strange.remedy) == (False, True)
 
 
 async def test_an_api_over_tls(pki: Certificates) -> None:

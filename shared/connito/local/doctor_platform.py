@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from connito.errors import ConnitoError
+from connito.errors import ConnitoError, Fatal
 from connito.render import formats
 from connito.service import certificates
 
@@ -35,6 +35,7 @@ MAX_SKEW_SECONDS = 5.0
 PROBE_BYTES = 4 << 20
 SLOW_BYTES_PER_SECOND = 1_000_000
 EXPIRY_WARNING_DAYS = 14
+X509_HAS_EXPIRED = 10  # What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED.
 
 
 async def look(session: Session, *, with_store: bool) -> list[Check]:
@@ -56,7 +57,9 @@ async def _broker(session: Session) -> list[Check]:
                 checks.append(await _clock(bus))
             return [*checks, await _resume(session, bus)]
     except ConnitoError as error:
-        return [Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")]
+        here = session.platform is not None
+        remedy = "`connito down` and `connito up` start it anew" if here else "if it goes on, ask its operator"
+        return [Check("broker", False, str(error), f"see the message; {remedy}")]
 
 
 async def _clock(bus: Bus) -> Check:
@@ -111,9 +114,12 @@ async def _expiries(session: Session) -> list[Check]:
     for scheme, host, port in certificates.endpoints([session.nats_url, store]):
         name, remedy = f"certificate of {host}:{port}", "renew it, and reload the server that shows it"
         try:
-            end = await certificates.expiry(scheme, host, port, ssl.create_default_context())
-        except (OSError, TimeoutError) as error:
-            checks.append(Check(name, False, str(error), "see the message; SSL_CERT_FILE names the authority to trust"))
+            end = await certificates.expiry(scheme, host, port, certificates.context_of(scheme, session.tls))
+        except (OSError, TimeoutError, Fatal) as error:
+            trusted = "CONNITO_TLS_CA" if scheme == "tls" else "SSL_CERT_FILE"
+            untrusted = f"see the message; {trusted} names the authority to trust"
+            expired = isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == X509_HAS_EXPIRED
+            checks.append(Check(name, False, str(error), remedy if expired else untrusted))
             continue
         days = (end - time.time()) / 86400
         found = f"valid until {formats.day(1000 * end)}, {days:.0f} days"

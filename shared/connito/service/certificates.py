@@ -28,6 +28,11 @@ def endpoints(urls: Iterable[str]) -> list[tuple[str, str, int]]:
     return found
 
 
+def context_of(scheme: str, tls: Tls) -> ssl.SSLContext:
+    """Return what trusts an endpoint as its client does: the bus by `tls`, the store by the authorities of this machine."""
+    return ssl.create_default_context() if scheme in _TLS_AT_ONCE else tls.context()
+
+
 async def expiry(scheme: str, host: str, port: int, context: ssl.SSLContext, timeout_s: float = 10.0) -> float:
     """Return Unix seconds at which the certificate that `host` shows stops being valid. Raises `OSError` when it shows
     none.
@@ -50,7 +55,7 @@ async def expiry(scheme: str, host: str, port: int, context: ssl.SSLContext, tim
     return float(ssl.cert_time_to_seconds(certificate["notAfter"]))
 
 
-async def look(watched: Iterable[tuple[str, str, int]], context: ssl.SSLContext) -> None:
+async def look(watched: Iterable[tuple[str, str, int]], tls: Tls = PLAIN) -> None:
     """Set `connito_certificate_expiry_timestamp_seconds` for each endpoint, once.
 
     A certificate that is refused because it has expired counts as expiring now. One that cannot be fetched keeps
@@ -59,7 +64,7 @@ async def look(watched: Iterable[tuple[str, str, int]], context: ssl.SSLContext)
     for scheme, host, port in watched:
         gauge = metrics.CERTIFICATE_EXPIRY.labels(f"{host}:{port}")
         try:
-            gauge.set(await expiry(scheme, host, port, context))
+            gauge.set(await expiry(scheme, host, port, context_of(scheme, tls)))
         except ssl.SSLCertVerificationError as error:
             if error.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
                 gauge.set(time.time())
@@ -70,7 +75,6 @@ async def look(watched: Iterable[tuple[str, str, int]], context: ssl.SSLContext)
 async def watch(urls: Iterable[str], interval_s: float = INTERVAL_S, tls: Tls = PLAIN) -> None:
     """Run `look` forever; return at once where nothing uses TLS."""
     watched = endpoints(urls)
-    context = tls.context()
     while watched:
-        await look(watched, context)
+        await look(watched, tls)
         await asyncio.sleep(interval_s)

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from connito.runtime import metrics
 from connito.service import certificates
+from connito.wire.tls import Tls
+
+from tests.authority import Authority
 
 
 @pytest.fixture
@@ -54,12 +57,28 @@ async def test_the_gauge_says_when_a_certificate_ends(server_context: ssl.SSLCon
         for scheme, port in zip(("https", "tls"), ports, strict=True):
             ends = await certificates.expiry(scheme, "localhost", port, context)
             assert 9 * 86400 < ends - time.time() <= 10 * 86400
-            await certificates.look([(scheme, "localhost", port)], context)
+            await certificates.look([(scheme, "localhost", port)], Tls())
             assert metrics.CERTIFICATE_EXPIRY.labels(f"localhost:{port}")._value.get() == ends
+
+
+async def test_a_store_of_a_public_authority_is_watched_beside_a_bus_of_a_private_one(
+    server_context: ssl.SSLContext, tmp_path: Path
+) -> None:
+    """CONNITO_TLS_CA is for bus and APIs; the store's client trusts what this machine does."""
+
+    async def idle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    private = Authority.make(tmp_path / "private")
+    async with await asyncio.start_server(idle, "127.0.0.1", 0, ssl=server_context) as https:
+        port = https.sockets[0].getsockname()[1]
+        await certificates.look([("https", "localhost", port)], Tls(ca=private.certificate))
+    assert metrics.CERTIFICATE_EXPIRY.labels(f"localhost:{port}")._value.get() > time.time()
 
 
 async def test_an_endpoint_that_is_away_keeps_the_last_value() -> None:
     gauge = metrics.CERTIFICATE_EXPIRY.labels("127.0.0.1:1")
     gauge.set(42)
-    await certificates.look([("https", "127.0.0.1", 1)], ssl.create_default_context())
+    await certificates.look([("https", "127.0.0.1", 1)])
     assert gauge._value.get() == 42
