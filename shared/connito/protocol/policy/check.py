@@ -80,7 +80,9 @@ def faults(spec: RunSpec, customer: str, organisations: Collection[str] | None =
     rows = training.local_steps * training.batch_sequences
     if rows > MAX_CYCLE_SEQUENCES or rows * training.sequence_length > MAX_CYCLE_TOKENS:
         problem = f"makes {rows} sequences of {training.sequence_length} tokens a cycle with training.batch_sequences"
-        remedy = f"choose at most {MAX_CYCLE_SEQUENCES} sequences and {MAX_CYCLE_TOKENS} tokens a cycle, and more cycles"
+        remedy = (
+            f"choose at most {MAX_CYCLE_SEQUENCES} sequences and {MAX_CYCLE_TOKENS} tokens a cycle, and more cycles"
+        )
         yield Fault("training.local_steps", problem, remedy)
     if spec.selection.background and training.routing_mode != "natural":
         problem = f"needs natural routing, not {training.routing_mode}"

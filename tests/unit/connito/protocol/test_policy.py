@@ -194,6 +194,6 @@ def test_a_cycle_is_no_more_text_than_a_machine_holds(steps: int, batch: int, le
     if taken:
         assert complete(asked, CUSTOMER).training.local_steps == steps
         return
-    with pytest.raises(Invalid, match="training.local_steps makes .* tokens a cycle, and more cycles") as caught:
+    with pytest.raises(Invalid, match=r"training.local_steps makes .* tokens a cycle, and more cycles") as caught:
         complete(asked, CUSTOMER)
     assert caught.value.reason == reasons_pb2.REASON_BAD_SPEC
