@@ -190,7 +190,51 @@ seed {settings["seed"]}, {machine["cores"]} cores of an {machine["cpu"]}{note an
 """
 
 
-PARTS = {"starting": _starts, "control_plane": _cycles, "soak": _soak}
+def _peers(document: Document) -> str:
+    settings, machine = document["settings"], document["machine"]
+    versions = " and ".join(
+        f"{label} {settings['versions'][name]}" for label, name in (("Flower", "flwr"), ("NVFlare", "nvflare"))
+    )
+    lines = [
+        [
+            f"{row['megabytes']} MB, {row['who']}",
+            f"{row['seconds']:.2f}",
+            f"{row['slowest']:.2f}",
+            f"{row['cpu']:.2f}",
+            f"{row['memory'] / 1e9:.2f}",
+            f"{row['loopback'] / 1e6:.1f}",
+            f"{row['upload'] / 1e6:.2f}",
+        ]
+        for row in document["rows"]
+    ]
+    note = settings.get("note", "")
+    head = ("payload, who", "a round, s", "slowest, s", "CPU s", "memory, GB", "loopback, MB", "an upload, MB")
+    return f"""
+`bench.peers`: {settings["workers"]} workers, {settings["rounds"] - 1} rounds after the first, all in one run on
+{machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note},
+beside {versions}. There a client hands back the numbers that it was sent
+and the server averages them; *tuned* looks for work every {1000 * settings["poll_seconds"]:.0f} ms. Here a round is a whole
+cycle: a step of training, commitment, reveal, scoring, merge and gate. *Raw* uploads float32 rows, *coded* the code that is
+the default.
+
+{table(head, lines)}
+
+{_slower(document)} [Every number](../evidence/peers.json).
+"""
+
+
+def _slower(document: Document) -> str:
+    """Return how many times as long a round takes here as the fastest peer's, for each payload."""
+    rows, said = document["rows"], []
+    for size in sorted({row["megabytes"] for row in rows}):
+        of = {row["who"]: row["seconds"] for row in rows if row["megabytes"] == size}
+        here = min(seconds for who, seconds in of.items() if who.startswith("here"))
+        peer = min((who for who in of if not who.startswith("here")), key=lambda who: of[who])
+        said.append(f"{here / of[peer]:.1f} times as long as {peer.replace(', ', ' ')} with {size} MB")
+    return f"A round here takes {', '.join(said)}."
+
+
+PARTS = {"starting": _starts, "control_plane": _cycles, "soak": _soak, "peers": _peers}
 COST_PARTS = {"control_plane": _month}
 
 if __name__ == "__main__":
