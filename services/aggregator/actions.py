@@ -28,7 +28,7 @@ from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2
 from connito.v1.run_pb2 import BenchmarksMeasured
-from connito.views.sentences import as_recorded, detail_of, sentence
+from connito.views.sentences import detail_of, sentence
 from connito.wire.enums import plain_name, reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.roster import Roster
@@ -191,8 +191,6 @@ class Aggregator:
         if merged.step is not None:
             made.append((merged.step, version.step))
         await asyncio.gather(*(self._store.put_file(path, ref.media_type, cache=True, known=ref) for path, ref in made))
-        for message in (merged.scored, merged.version):
-            as_recorded(message, self._facts(run).spec)
         await self._bus.publish_fact(run, "merge", cycle, "scored", merged.scored)
         if await self._bus.publish_fact(run, "merge", cycle, "version", merged.version):
             _report(run, merged)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from connito.library.deposit_plan import lacks_scores
 from connito.library.scores import benchmark_key
-from connito.protocol.rules import checked, readable
+from connito.protocol.rules import readable
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2
 from connito.wire.fact import Fact
@@ -55,7 +55,7 @@ def decide(facts: RunFacts, loaded: Container[str]) -> Decision:
             facts.window("validate", cycle).closed is not None
             and facts.window("merge", cycle).opened is not None
             and facts.window("submit", cycle).settled is not None
-            and (not checked(facts) or _judged_by_rules(facts, cycle))
+            and _judged_by_rules(facts, cycle)
         )
         if ready and facts.version(cycle) is None:
             actions.append(Action(f"{facts.run}/merge/{cycle}", facts.run, Merge(facts.run, cycle)))

@@ -17,7 +17,7 @@ from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
 from connito.service.engine import Action
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
-from connito.views.sentences import as_recorded, detail_of
+from connito.views.sentences import detail_of
 from connito.wire.checkpoint import Checkpoint
 from connito.wire.enums import reason_name
 from connito.wire.fact import Fact, Record
@@ -120,7 +120,6 @@ class Committer:
         return judged.then if refusal is None else judging.refused("submit", fact, refusal)
 
     async def _publish(self, run: str, write: Write) -> bool:
-        as_recorded(write.message, self._state.runs[run].spec)
         written = await self._bus.publish_fact(run, write.section, write.cycle, write.kind, write.message, write.id)
         if written:
             self._report(run, write)

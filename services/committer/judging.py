@@ -13,7 +13,7 @@ from connito.protocol import bans
 from connito.protocol.claims import most_bytes
 from connito.protocol.coding import is_coded
 from connito.protocol.commitment import opens
-from connito.protocol.findings import LOCKED, Refusal, check_version
+from connito.protocol.findings import Refusal, check_version
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
 from connito.v1.cycle_pb2 import Finding
@@ -170,11 +170,10 @@ def _check_ref(facts: RunFacts, cycle: int, artifact: ArtifactRef) -> Refusal | 
         finding = Finding(kind=cycle_pb2.FINDING_KIND_WRONG_REALM, cycle=cycle)
         return Refusal(reasons_pb2.REASON_MALFORMED, finding)
     spec, selection = facts.require_spec(), facts.require_selection()
-    if (artifact.key or artifact.content) and (spec.protocol_version < LOCKED or not is_key(artifact)):
+    if (artifact.key or artifact.content) and not is_key(artifact):
         return Refusal(reasons_pb2.REASON_MALFORMED, Finding(kind=cycle_pb2.FINDING_KIND_NO_KEY, cycle=cycle))
     expected = selection.initial_state.size
-    most = expected + SIZE_TOLERANCE + most_bytes(spec, selection)
-    if artifact.size > (locked_bytes(most) if spec.protocol_version >= LOCKED else most):
+    if artifact.size > locked_bytes(expected + SIZE_TOLERANCE + most_bytes(spec, selection)):
         kind = cycle_pb2.FINDING_KIND_TOO_LARGE
         finding = Finding(kind=kind, count=artifact.size, limit=expected, cycle=cycle)
         return Refusal(reasons_pb2.REASON_OVERSIZED, finding)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import median
 
 from connito.protocol import rules
-from connito.protocol.quorum import pause
+from connito.protocol.quorum import overdue, pause
 from connito.protocol.rules import Stake
 from connito.v1 import cycle_pb2
 from connito.views import words
@@ -20,8 +20,6 @@ from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 from connito.wire.window import Window
 
-# A window may close this much after its deadline before somebody should be told.
-OVERDUE_MS = 5000
 # What `short_key` makes of a miner's key.
 SHORT_KEY = re.compile(r"\bU[A-Z2-7]{11}…")
 
@@ -115,9 +113,7 @@ def head(facts: RunFacts, now_ms: int, stake: Stake) -> Head:
         window="" if window is None else window.name,
         deadline_unix_ms=deadline,
         last_unix_ms=max(fact.time_unix_ms for fact in facts.facts.values()),
-        stale=""
-        if window is None or not deadline or here
-        else _overdue(window, rules.deadline_ms(facts, window), now_ms),
+        stale=_stale(overdue(facts, now_ms, stake)),
         cycles=tuple(facts.cycles()),
         planned=spec.cycles,
         miners=len(facts.miners),
@@ -204,12 +200,14 @@ def _run_row(facts: RunFacts, now_ms: int, stake: Stake) -> RunRow:
     return RunRow(head(facts, now_ms, stake), created.time_unix_ms, first, last)
 
 
-def _overdue(window: Window, deadline_ms: int, now_ms: int) -> str:
-    if now_ms <= deadline_ms + OVERDUE_MS:
-        return ""
+def _stale(window: Window | None) -> str:
     return (
-        f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
-        "`connito doctor` say more."
+        ""
+        if window is None
+        else (
+            f"The {window.name} window should have closed, and nothing was heard since. The coordinator may be down: its log and "
+            "`connito doctor` say more."
+        )
     )
 
 

@@ -104,7 +104,7 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: in
 def _seal(facts: RunFacts) -> Decision:
     """Write a head behind the end of a run, and another one behind its deposit."""
     ended, last = facts.ended_fact, facts.head(facts.next_head - 1)
-    if ended is None or not rules.checked(facts):
+    if ended is None:
         return Decision([])
     covered = {} if last is None else {cut.stream: cut.last_sequence for cut in last.message.cuts}
     deposited = max((fact.sequence for fact in facts.deposits.values()), default=0)
@@ -127,7 +127,7 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Sta
     enough = reached(facts, facts.cycle)
     if enough is None and facts.cycle < spec.cycles and not progress.hopeless(facts):
         return _open(facts, spec, facts.next_train, now_ms, stake)
-    if progress.adapts(facts) and not progress.merged_anything(facts):
+    if not progress.merged_anything(facts):
         reason = reasons_pb2.REASON_NO_IMPROVEMENT
         return _end(facts, run_pb2.RUN_OUTCOME_NO_IMPROVEMENT, reason, why_nothing(facts))
     detail = sentence(enough) if enough is not None else f"all {count(spec.cycles, 'cycle')} done"
@@ -184,7 +184,7 @@ def _look(window: Window, now_ms: int, deadline: int) -> int:
 
 
 def _open(facts: RunFacts, spec: run_pb2.RunSpec, window: Window, now_ms: int, stake: rules.Stake) -> Decision:
-    if window.name == "train" and rules.checked(facts) and facts.head(window.cycle) is None:
+    if window.name == "train" and facts.head(window.cycle) is None:
         return _head(facts, window.cycle)
     version, state = window.start
     message = cycle_pb2.WindowOpened(

@@ -94,7 +94,7 @@ def _audited(facts: RunFacts) -> None:
     """Show how many heads no validator has cosigned; nothing of a run that is over and whole."""
     last = facts.next_head - 1
     if facts.head(last) is None:
-        return  # none yet, or a run of before there were any
+        return
     waiting = next((behind for behind in range(last) if facts.cosigned(last - behind)), last)
     metrics.UNAUDITED_CYCLES.labels(facts.run).set(waiting)
     if facts.ended is not None and not waiting:

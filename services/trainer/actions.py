@@ -12,7 +12,6 @@ from typing import Protocol
 from connito.bus import Bus
 from connito.errors import Environment, Invalid
 from connito.protocol.commitment import commitment_digest
-from connito.protocol.findings import LOCKED
 from connito.protocol.provenance import check_start
 from connito.runtime import logs, metrics
 from connito.service.engine import Action
@@ -97,9 +96,7 @@ class Miner:
         effort = await self.strategy.produce(Work(run, cycle, self.me, state, draft, spec.training, honest))
         code = partial(feedback.code, facts, self.me, cycle, state, draft, ledger.folder(run, cycle).parent / "left")
         made = await asyncio.to_thread(code)
-        key, content = b"", ""
-        if spec.protocol_version >= LOCKED:
-            made, key, content = await asyncio.to_thread(self._locked, run, cycle, made)
+        made, key, content = await asyncio.to_thread(self._locked, run, cycle, made)
         artifact = ledger.keep_artifact(run, cycle, made)
         digest, size = await asyncio.to_thread(digest_of_file, artifact)
         salt = self._salt(run, cycle, digest)

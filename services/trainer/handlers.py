@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from connito.protocol.bans import banned
-from connito.protocol.rules import checked
 from connito.service.engine import Action, Decision
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import detail_of
@@ -109,7 +108,7 @@ def without_head(facts: RunFacts, me: str, progress: Progress, now_ms: int) -> D
     if window is None or window.opened_fact is None or not facts.is_enrolled(me) or me in banned(facts):
         return Decision()
     mine, late = _of(progress, me, facts.cycle), window.opened_fact.time_unix_ms + HEAD_SECONDS * 1000
-    if facts.head(facts.cycle) is not None or not checked(facts) or mine.artifact or NO_HEAD in mine.told:
+    if facts.head(facts.cycle) is not None or mine.artifact or NO_HEAD in mine.told:
         return Decision()
     if now_ms < late:
         return Decision((), late)
@@ -159,7 +158,7 @@ def _wants_result(facts: RunFacts, me: str, cycle: int, strategy: Strategy) -> b
         cycle == facts.cycle
         and facts.selection is not None
         # What its text is drawn by, which stands in another stream than the opening.
-        and (facts.head(cycle) is not None or not checked(facts))
+        and facts.head(cycle) is not None
         and facts.window("commit", cycle).closed is None
         and facts.commitment(cycle, me) is None
         and strategy.may_produce(facts, cycle)

@@ -21,7 +21,6 @@ from connito.moe.engine import Engine
 from connito.moe.residency import ALL, AUTO
 from connito.moe.schedule import Schedule
 from connito.protocol.claims import by_expert, claimed_rows, metadata_of
-from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.policy.choices import ADAMW, MUON
 from connito.protocol.progress import training
 from connito.protocol.sequences import miner_batches, replays, sequences
@@ -313,7 +312,7 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         residency=ALL if settings.residency == AUTO else settings.residency,
         engine=replace(engine, checkpointing=settings.checkpointing == "on"),
         cuda=device.type == "cuda",
-        packed=facts.require_spec().protocol_version >= DOCUMENTS_APART,
+        packed=True,
     )
     have = settings.memory_bytes
     if not have:

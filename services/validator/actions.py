@@ -16,7 +16,6 @@ from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.claims import drawn_claims
 from connito.protocol.findings import OF_THE_FILE, Refusal
-from connito.protocol.rules import checked
 from connito.protocol.scoring.evaluation import Evaluation, fit, rejected, score
 from connito.runtime import logs, metrics
 from connito.runtime.compute import ComputeBudget, in_thread
@@ -24,7 +23,7 @@ from connito.service.engine import Action
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.views.sentences import as_recorded, detail_of, sentence
+from connito.views.sentences import detail_of, sentence
 from connito.wire.bounds import WORDS_BYTES, cut
 from connito.wire.checkpoint import cosignature
 from connito.wire.enums import reason_name
@@ -197,7 +196,6 @@ class Validator:
                 lambda stop: self._measure(facts, evaluator, cycle, seed, state, submissions, files, recount, stop)
             )
         report.state_digest = opened.state.digest
-        as_recorded(report, facts.spec)
         if left_out := fit(report):
             log.warning("the report is large: per-sequence losses are left out", submissions=left_out)
         await self._bus.publish_fact(run, "validate", cycle, "report", report, self.me)
@@ -282,12 +280,12 @@ def shared_name(submission: cycle_pb2.Submission, current: ArtifactRef) -> str:
 def secret_of(identity: Identity) -> Callable[[RunFacts, int], bytes]:
     """Return the beacon secret of each run and cycle: nobody else can compute it, and a restart does not change it.
 
-    Under checked rules it is of this log alone, up to the head before the cycle. A log that begins with the same message and
-    goes on otherwise must not repeat what was revealed.
+    It is of this log alone, up to the head before the cycle. A log that begins with the same message and goes on otherwise must
+    not repeat what was revealed.
     """
 
     def secret(facts: RunFacts, cycle: int) -> bytes:
-        head = facts.head(cycle) if checked(facts) else None
+        head = facts.head(cycle)
         return identity.derive("beacon", facts.run, str(cycle), *([] if head is None else [head.message.checkpoint]))
 
     return secret

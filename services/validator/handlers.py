@@ -134,7 +134,7 @@ def _is_mine(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:
 
 def _replayed(facts: RunFacts, me: str, cycle: int, secret: Secret) -> Finding | None:
     """Return that somebody put under this key what it had said in another log: its secret is known from there."""
-    if me not in facts.seed_commitments(cycle) or not rules.checked(facts) or _is_mine(facts, me, cycle, secret):
+    if me not in facts.seed_commitments(cycle) or _is_mine(facts, me, cycle, secret):
         return None
     text = "the commitment to a secret of the validator who says this was taken from another log"
     return Finding(kind=FINDING_KIND_RULE_HISTORY, count=cycle, text=text)
@@ -163,5 +163,5 @@ def _may_score(facts: RunFacts, me: str, cycle: int) -> bool:
         and facts.window("submit", cycle).settled is not None
         and me not in facts.reports(cycle)
         # These are other streams than VALIDATE: what the cycle is checked against may still be on its way.
-        and all(window.closed is not None for window in facts.windows(cycle)[:3] if rules.checked(facts))
+        and all(window.closed is not None for window in facts.windows(cycle)[:3])
     )

@@ -12,12 +12,14 @@ import pytest
 import torch
 from connito.base.loading import load_full
 from connito.bus import Bus
+from connito.data.packing import pack
 from connito.data.pseudo_gradients import DeltaFiles, gram_matrix
 from connito.data.safetensors_header import SAFETENSORS
 from connito.moe.resident import compress
 from connito.moe.state import load_state, save_state
 from connito.moe.training import train_local
 from connito.platform.servers import NatsServer, ObjectStore
+from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
 from connito.store import ArtifactStore, key_of
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
@@ -30,11 +32,11 @@ from connito.wire.roster import Roster
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import TARGET, Teller, TinyRun, corpus, prepare, telling, tiny_base
 from tests.integration.witness import ServiceProcess
+from tests.support.run import secret_of
 from tests.support.waiting import until_logged
 
 pytestmark = pytest.mark.integration
 
-SEED = b"s" * 32
 MINERS = {name: Identity.generate().public for name in ("anna", "bert", "copier", "wrecker")}
 
 
@@ -59,6 +61,9 @@ class Stage:
     async def begin(self) -> None:
         await self.teller.say("run", 0, "created", run_pb2.RunCreated(spec=self.tiny.spec))
         await self.teller.say("run", 0, "selected", self.tiny.selection, role="selector")
+        for key in (validator.public for validator in self.validators):
+            joined = run_pb2.ValidatorJoined(run=self.tiny.spec.run, validator=key)
+            await self.teller.say("run", 0, "validator", joined, key, role=key)
 
     async def submit(self, cycle: int, name: str, state: dict[str, torch.Tensor]) -> None:
         """Settle the submissions of a cycle in the order in which they are given here."""
@@ -82,15 +87,29 @@ class Stage:
 
     async def tell(self, cycle: int, utilities: dict[str, float], *, merge: bool = True) -> None:
         """Tell a cycle from the opening of its train window to that of its merge window."""
-        keys = sorted(validator.public for validator in self.validators)
+        run, keys = self.tiny.spec.run, sorted(validator.public for validator in self.validators)
+        secrets = {key: secret_of(key, cycle) for key in keys}
         await self.teller.open("train", cycle, keys, self.state(cycle))
-        settled = cycle_pb2.WindowSettled(
-            run=self.tiny.spec.run, cycle=cycle, submissions=self.submissions.get(cycle, [])
-        )
+        for key, secret in secrets.items():
+            digest = secret_digest(run, cycle, key, secret)
+            committed = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=key, digest=digest)
+            await self.teller.say("train", cycle, "seed", committed, key, role=key)
+        await self.teller.close("train", cycle)
+        for window in ("commit", "submit"):
+            await self.teller.open(window, cycle, [], self.state(cycle))
+            await self.teller.close(window, cycle, last=self.sequence)
+        given = self.submissions.get(cycle, [])
+        settled = cycle_pb2.WindowSettled(run=run, cycle=cycle, last_sequence=self.sequence, submissions=given)
         await self.teller.say("submit", cycle, "settled", settled, role="committer")
         await self.teller.open("validate", cycle, keys, self.state(cycle))
-        drawn = cycle_pb2.SeedDrawn(run=self.tiny.spec.run, cycle=cycle, seed=SEED, validators=keys)
-        await self.teller.say("validate", cycle, "drawn", drawn)
+        for key, secret in secrets.items():
+            revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=key, secret=secret)
+            await self.teller.say("validate", cycle, "seed", revealed, key, role=key)
+        if secrets:
+            last = await self.teller.buses["coordinator"].last_sequence("VALIDATE")
+            seed = draw_seed(run, cycle, secrets)
+            drawn = cycle_pb2.SeedDrawn(run=run, cycle=cycle, seed=seed, validators=keys, last_sequence=last)
+            await self.teller.say("validate", cycle, "drawn", drawn)
         for validator in self.validators:
             await self.report(cycle, validator, utilities)
         await self.teller.close("validate", cycle, "VALIDATE")
@@ -102,7 +121,7 @@ class Stage:
             run=self.tiny.spec.run,
             cycle=cycle,
             validator=validator.public,
-            seed=SEED,
+            seed=draw_seed(self.tiny.spec.run, cycle, {v.public: secret_of(v.public, cycle) for v in self.validators}),
             state_digest=self.state(cycle).digest,
         )
         for entry in self.submissions.get(cycle, []):
@@ -196,7 +215,7 @@ def train(tiny: TinyRun, seed: int, theta: Path) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     model = load_full(tiny_base())
     write_rows(model, tiny.targets, load_state(theta))
-    rows = corpus(TARGET, 100 + seed, 40).sequences(64)
+    rows = pack(corpus(TARGET, 100 + seed, 40), 64)
     batches = rows[np.random.default_rng(seed).permutation(len(rows))[:32]].reshape(8, 4, -1)
     return train_local(compress(model, tiny.targets), batches, learning_rate=3e-3)[0]
 

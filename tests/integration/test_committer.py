@@ -16,6 +16,7 @@ from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.entitlement import base_proof
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.policy.law import number
 from connito.service import rpc
 from connito.service.customer_store import CustomerStore
@@ -112,7 +113,9 @@ class Stage:
     async def begin(self, *miners: Miner) -> None:
         scoring = run_pb2.ScorePolicy(max_relative_norm=0.5)
         enrolment = run_pb2.EnrolmentPolicy(messages_per_cycle=int(number("enrolment.messages_per_cycle").default))
-        spec = run_pb2.RunSpec(run=self.run, cycles=3, scoring=scoring, enrolment=enrolment)
+        spec = run_pb2.RunSpec(
+            run=self.run, cycles=3, scoring=scoring, enrolment=enrolment, protocol_version=PROTOCOL_VERSION
+        )
         created = run_pb2.RunCreated(spec=spec)
         await self.coordinator.publish_fact(self.run, "run", 0, "created", created)
         for miner in miners:
@@ -462,7 +465,9 @@ async def test_a_run_opens_nothing_of_another_customers(
 
     async def create(run: str, customer: Identity, proof: bytes = b"", **fields: Any) -> None:
         base = run_pb2.BaseRef(name=run, manifest=manifest, proof=proof)
-        spec = run_pb2.RunSpec(run=run, cycles=1, customer=customer.public, base=base, **fields)
+        spec = run_pb2.RunSpec(
+            run=run, cycles=1, customer=customer.public, base=base, protocol_version=PROTOCOL_VERSION, **fields
+        )
         await stage.coordinator.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
         for key in (miner.key,) if customer is mallory else (rival.key,):
             enrolled = run_pb2.MinerEnrolled(run=run, miner=key)
@@ -538,7 +543,9 @@ async def test_a_customer_uploads_and_downloads_with_its_key_alone(
             await mine.put_file(text, "text/plain", private.at(made_up))
     place = private.at((await mine.secret("mine")).digest)
     assert (await mine.put_file(text, "text/plain", place)).secret == place.secret
-    spec = run_pb2.RunSpec(run="mine", customer=identities["customer"].public, visibility="private")
+    spec = run_pb2.RunSpec(
+        run="mine", customer=identities["customer"].public, visibility="private", protocol_version=PROTOCOL_VERSION
+    )
     spec.holdout.artifact.CopyFrom(ref)
     await stage.coordinator.publish_fact("mine", "run", 0, "created", run_pb2.RunCreated(spec=spec))
     assert (await mine.fetch(ref, "mine")).read_bytes() == raw

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from connito.errors import Fatal
 from connito.platform.servers import NatsServer
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.runtime import logs, tracing
 from connito.v1 import run_pb2
 from connito.wire.identity import Identity
@@ -102,7 +103,7 @@ async def test_a_message_and_its_handling_in_another_process_are_one_trace(
     end = tracing.start("coordinator")
     try:
         bus = await bus_factory(identities["coordinator"], own_nats.url)
-        spec = run_pb2.RunSpec(run=run_id, domain="medical", cycles=1)
+        spec = run_pb2.RunSpec(run=run_id, domain="medical", cycles=1, protocol_version=PROTOCOL_VERSION)
         with tracing.span("a customer's job", "INTERNAL", ""):
             asked = logs.current()
             assert await bus.publish_fact(run_id, "run", 0, "created", run_pb2.RunCreated(spec=spec))

@@ -28,6 +28,7 @@ from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
+from connito.wire.locked import unlocked
 from connito.wire.subjects import FactKey
 
 from services.trainer.adapters import RangeReader
@@ -169,11 +170,11 @@ def reveal_of(facts: RunFacts, miner: str, cycle: int = 1) -> cycle_pb2.Reveal:
     return facts.many(cycle_pb2.Reveal, "ingress", cycle, "reveal")[miner].message
 
 
-async def check_submission(store: ArtifactStore, tiny: TinyRun, reveal: cycle_pb2.Reveal) -> None:
-    """What was uploaded is a well-formed submission that differs from θ_0."""
-    path = await store.fetch(reveal.artifact)
+async def check_submission(store: ArtifactStore, tiny: TinyRun, reveal: cycle_pb2.Reveal, folder: Path) -> None:
+    """What was uploaded is, unlocked, a well-formed submission that differs from θ_0."""
+    path = unlocked(await store.fetch(reveal.artifact), reveal.artifact, folder)
     validate(path, read_header(tiny.theta), tiny.theta, 0.5)
-    assert reveal.artifact.digest != tiny.state.digest
+    assert reveal.artifact.content != tiny.state.digest
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ async def test_a_cycle_with_kill_9_after_every_promise(
                 digest, run_id, 1, me, reveal.base_state_digest, reveal.artifact.digest, reveal.salt
             )
             assert reveal.base_state_digest == tiny.state.digest
-            await check_submission(store, tiny, reveal)
+            await check_submission(store, tiny, reveal, tmp_path)
 
             verdict = cycle_pb2.Verdict(
                 miner=me, status=cycle_pb2.VERDICT_STATUS_MERGED, rank=1, reward=700, utility=0.031
@@ -268,7 +269,7 @@ async def test_a_refusal_is_shown_in_plain_words_and_a_free_rider_warns_about_it
         await accept_commitment(teller, me)
         await teller.open("submit", 1, [me], tiny.state)
         await teller.until(lambda facts: me in facts.many(cycle_pb2.Reveal, "ingress", 1, "reveal"), "the reveal")
-        assert reveal_of(teller.facts, me).artifact.digest == tiny.state.digest
+        assert reveal_of(teller.facts, me).artifact.content == tiny.state.digest
         fact = teller.facts.many(cycle_pb2.Reveal, "ingress", 1, "reveal").get(me)
         assert fact is not None
         refused = cycle_pb2.Refused(

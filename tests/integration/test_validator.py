@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from connito.bus import Bus
 from connito.data.corpus import Corpus
+from connito.data.packing import pack
 from connito.data.safetensors_header import SAFETENSORS
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.holdout import draw_sequences, subsets
@@ -29,7 +30,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 @pytest.fixture
 async def buses(bus_factory: Any, identities: dict[str, Identity]) -> dict[str, Bus]:
-    return {role: await bus_factory(identities[role]) for role in ("coordinator", "selector", "committer")}
+    return {
+        role: await bus_factory(identities[role]) for role in ("coordinator", "selector", "committer", "aggregator")
+    }
 
 
 class Process:
@@ -84,7 +87,7 @@ def make_states(tiny: TinyRun, folder: Path) -> dict[str, Path]:
 
     def work(start: Path, seed: int, steps: int = 20) -> dict[str, torch.Tensor]:
         write_targets(model, load_state(start))
-        rows = corpus(TARGET, seed, 60).sequences(64)
+        rows = pack(corpus(TARGET, seed, 60), 64)
         batches = np.resize(rows, (steps, 4, rows.shape[1]))
         return train_local(model, batches, learning_rate=2e-3)[0]
 
@@ -100,18 +103,25 @@ def make_states(tiny: TinyRun, folder: Path) -> dict[str, Path]:
 
 
 def losses_of_full_model(tiny: TinyRun, state: Any, sequences: np.ndarray) -> list[float]:
-    """Sums of token negative log-likelihoods by a plain forward pass of the full model."""
+    """Sums of token negative log-likelihoods by plain forward passes of the full model, one for each document of a row."""
     import torch
     from connito.base.loading import load_full
     from connito.moe.rows import write_rows
 
     model = load_full(tiny_base())
     write_rows(model, tiny.targets, state)
-    ids = torch.from_numpy(sequences.astype(np.int64))
-    with torch.no_grad():
-        logits = model(input_ids=ids[:, :-1]).logits
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return [float(value) for value in nll.sum(dim=1)]
+    found = []
+    for row in sequences:
+        text, nll = row[row["position"] >= 0], 0.0
+        for piece in np.split(text, np.flatnonzero(text["position"] == 0)[1:]):
+            ids = torch.from_numpy(piece["token"].astype(np.int64))
+            if len(ids) > 1:
+                with torch.no_grad():
+                    logits = model(input_ids=ids[None, :-1]).logits[0]
+                each = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+                nll += float(each[torch.from_numpy(piece["counts"][1:])].sum())
+        found.append(nll)
+    return found
 
 
 async def put(store: ArtifactStore, path: Path) -> ArtifactRef:
@@ -177,9 +187,8 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
             lost = artifacts["honest"][0]
             await asyncio.to_thread(store._client.remove_object, store.bucket, key_of(lost))
             seed = draw_seed(run_id, 1, {me: secret.message.secret})
-            await teller.say(
-                "validate", 1, "drawn", cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=seed, validators=[me])
-            )
+            drawn = cycle_pb2.SeedDrawn(run=run_id, cycle=1, seed=seed, validators=[me], last_sequence=secret.sequence)
+            await teller.say("validate", 1, "drawn", drawn)
             await until_logged(process.log, '"waits_for": "object"')
             assert me not in teller.facts.reports(1)
             await store.put_file(states["honest"], lost.media_type, lost.realm)
@@ -222,7 +231,7 @@ async def check_receipt(
     late = {name: loaded["theta_1"][name] - (theta_0[name] - loaded["late"][name]) for name in theta_0}
     expected_counts = {TARGET: tiny.spec.scoring.target_sequences, GENERAL: tiny.spec.scoring.general_sequences}
     for reference in (tiny.spec.holdout, *tiny.spec.general_holdouts):
-        sequences = Corpus.load(await store.fetch(reference.artifact)).sequences(64)
+        sequences = pack(Corpus.load(await store.fetch(reference.artifact)), 64)
         pool = subsets(sequences, tiny.spec, reference.domain).score
         numbers = draw_sequences(seed, reference.domain, pool, expected_counts[reference.domain])
         rows = {miner: [x for x in score.losses if x.domain == reference.domain] for miner, score in scores.items()}
@@ -232,7 +241,7 @@ async def check_receipt(
             after = losses_of_full_model(tiny, state, sequences[numbers])
             assert [row.before for row in rows[miner]] == pytest.approx(before, rel=1e-5)
             assert [row.after for row in rows[miner]] == pytest.approx(after, rel=1e-5)
-            assert {row.tokens for row in rows[miner]} == {64}
+            assert [row.tokens for row in rows[miner]] == sequences[numbers]["counts"].sum(axis=1).tolist()
 
 
 async def test_a_false_draw_is_not_scored(
@@ -255,6 +264,7 @@ async def test_a_false_draw_is_not_scored(
             await until_logged(process.log, "the cycle breaks a rule, so it is not scored")
             # What the validator says after this shows that it goes on, without a report.
             await teller.close("validate", 1, "VALIDATE")
+            await teller.say("merge", 1, "scored", cycle_pb2.CycleScored(run=run_id, cycle=1), role="aggregator")
             await teller.open("train", 2, [me], tiny.state)
             await teller.until(lambda facts: me in facts.seed_commitments(2), "the next cycle's seed")
             assert me not in teller.facts.reports(1)

@@ -19,10 +19,13 @@ from connito.base.tiny import EOS, build_tiny, tiny_texts
 from connito.bus import Bus
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
+from connito.data.packing import pack
 from connito.data.safetensors_header import SAFETENSORS
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
+from connito.wire.heads import STREAMS, LogTrees
 from connito.wire.roster import Roster
 from google.protobuf.message import Message
 
@@ -79,6 +82,7 @@ async def prepare(store: ArtifactStore, run: str, folder: Path, *, steps: int = 
         return run_pb2.CorpusRef(domain=domain, artifact=ref)
 
     spec = run_pb2.RunSpec(
+        protocol_version=PROTOCOL_VERSION,
         run=run,
         domain=TARGET,
         cycles=3,
@@ -123,7 +127,7 @@ def _select(base: Path, theta: Path) -> tuple[list[run_pb2.LayerSelection], int]
     from connito.moe.statistics import collect
 
     model = load_full(base)
-    statistics = collect(model, corpus(TARGET, 15, 20).sequences(64)[:, :-1])
+    statistics = collect(model, pack(corpus(TARGET, 15, 20), 64)["token"][:, :-1])
     used = {layer: np.argsort(-of.token_score) for layer, of in statistics.layers.items()}
     rows = read_rows(model, {layer: [int(e) for e in order[:2]] for layer, order in used.items()})
     save_state(rows, theta, {"version": "0"})
@@ -146,16 +150,28 @@ class Teller(Witness):
         assert await self.buses[role].publish_fact(self.run, section, cycle, kind, message, id_)
 
     async def open(self, window: str, cycle: int, expected: list[str], state: ArtifactRef) -> None:
-        """Open a window."""
+        """Open a window; a cycle behind its head."""
+        if window == "train":
+            await self.say("run", cycle, "head", await self._head(cycle))
         number = cycle_pb2.Window.Value(f"WINDOW_{window.upper()}")
         opened = cycle_pb2.WindowOpened(
             run=self.run, cycle=cycle, window=number, expected=sorted(expected), version=cycle - 1, state=state
         )
         await self.say(window, cycle, "opened", opened)
 
-    async def close(self, window: str, cycle: int, stream: str = "INGRESS") -> None:
-        """Close a window at what the broker has stored by now."""
-        last = await self.buses["coordinator"].last_sequence(stream)
+    async def _head(self, number: int) -> run_pb2.LogHead:
+        """Stand for what the broker has of the log."""
+        bus, trees = self.buses["coordinator"], LogTrees()
+        facts = await self.until(lambda facts: facts.next_head == number, "the heads before")
+        async for record in bus.stored(STREAMS, self.run):
+            trees.add(record)
+        if number > 1:
+            trees.checkpoint(facts, number - 1)
+        return trees.of(self.run).head(facts, bus.identity)
+
+    async def close(self, window: str, cycle: int, stream: str = "INGRESS", last: int = 0) -> None:
+        """Close a window at what the broker has stored by now, or at `last`."""
+        last = last or await self.buses["coordinator"].last_sequence(stream)
         closed = cycle_pb2.WindowClosed(run=self.run, cycle=cycle, stream=stream, last_sequence=last)
         await self.say(window, cycle, "closed", closed)
 

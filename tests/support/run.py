@@ -17,6 +17,7 @@ from typing import Any, Self
 from connito.bus.streams import stream_of
 from connito.protocol import bans
 from connito.protocol.beacon import draw_seed, secret_digest
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.fact import Fact
@@ -119,7 +120,12 @@ class Run:
     # The run
 
     def spec(self, **fields: Any) -> run_pb2.RunSpec:
-        given: dict[str, Any] = {"run": self.name, "domain": self.domain, "cycles": 3}
+        given: dict[str, Any] = {
+            "run": self.name,
+            "domain": self.domain,
+            "cycles": 3,
+            "protocol_version": PROTOCOL_VERSION,
+        }
         return run_pb2.RunSpec(**given | fields)
 
     def created(self, spec: run_pb2.RunSpec | None = None, /, **fields: Any) -> Self:
@@ -151,12 +157,18 @@ class Run:
         return theta(cycle - 1)
 
     def opened(self, window: str, cycle: int = 1, expected: Iterable[str] | None = None, **fields: Any) -> Self:
-        """Open a window, for everybody who has something to do in it unless told otherwise."""
+        """Open a window, for everybody who has something to do in it unless told otherwise; a cycle behind its head."""
+        if window == "train":
+            self.headed(cycle)
         if expected is None:
             miners, validators = self.facts.miners, self.facts.validators
             expected = {"train": [*miners, *validators], "validate": validators, "merge": []}.get(window, miners)
         given = {"state": self.state(cycle), "version": cycle - 1, "expected": sorted(expected)}
         return self.say(window, cycle, "opened", **given | fields)
+
+    def headed(self, number: int = 1) -> Self:
+        """Stand for the log so far, unless a head of this number does."""
+        return self if self.facts.head(number) else self.say("run", number, "head", checkpoint=f"head {number}")
 
     def closed(self, window: str, cycle: int = 1, **fields: Any) -> Self:
         """Close a window at what its stream holds, with who is banned by then."""

@@ -32,7 +32,7 @@ class Stage(Run):
             merging=run_pb2.MergePolicy(aggregator="mean", outer_learning_rate=1.0),
         )
         self.selected(initial_state=ref("state-0"))
-        self.opened("train", 1, (), state=ref("state-0"))
+        self.opened("train", 1, (), state=ref("state-0")).closed("train").closed("commit").closed("submit")
         self.settled("submit", 1, submissions=[self.submission(index) for index in range(3)])
         self.drawn(*VALIDATORS, seed=SEED)
 

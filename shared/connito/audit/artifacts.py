@@ -13,7 +13,7 @@ from connito.audit.evidence import Evidence
 from connito.data.manifest import Manifest
 from connito.errors import Invalid
 from connito.library.start import deposits, wants_start
-from connito.protocol.findings import COPIES_BY_FUNCTION, OF_THE_FILE, check_version
+from connito.protocol.findings import OF_THE_FILE, check_version
 from connito.protocol.retention import horizon
 from connito.runtime.progress import Notify, silent
 from connito.store.named import beside
@@ -102,7 +102,6 @@ def named(evidence: Evidence) -> Iterator[Named]:
         if facts.selection.background.digest:
             yield Named("background experts", facts.selection.background)
     kept = horizon(facts)
-    looks_back = facts.spec is not None and facts.spec.protocol_version >= COPIES_BY_FUNCTION
     for cycle in facts.cycles():
         settled, version = facts.window("submit", cycle).settled, facts.version(cycle)
         # The first cycle that is kept began from what the one before left, and looks back at its submissions.
@@ -110,9 +109,8 @@ def named(evidence: Evidence) -> Iterator[Named]:
             continue
         for entry in settled.submissions if settled is not None else ():
             yield Named(f"submission of {evidence.name(entry.miner)}", entry.artifact, cycle, entry.miner)
-            # That of the first cycle is no version's; of the first that is kept, none of a kept one's. Older rules ask for
-            # none of them, and an archive that was written under those has none.
-            if entry.base_state.digest and cycle <= kept and looks_back:
+            # That of the first cycle is no version's; of the first that is kept, none of a kept one's.
+            if entry.base_state.digest and cycle <= kept:
                 yield Named("state that it began from", entry.base_state, cycle)
         if version is not None:
             yield Named(f"state of version {version.version}", version.state, cycle)
@@ -174,7 +172,7 @@ async def gather(
 ) -> Artifacts:
     """Fetch everything that the log names, and what those artifacts name in turn.
 
-    Raises `Retry` while the store is away, and `Invalid` for a run under newer rules: those say what its log names.
+    Raises `Retry` while the store is away, and `Invalid` for a run under other rules: those say what its log names.
 
     `wanted` leaves some out, `copy_of` says where a local cache would keep an artifact; a copy that is there is hashed as well,
     `me` opens what is sealed.

@@ -132,7 +132,6 @@ def attempt(check: str, cycle: int, work: Callable[[], Step]) -> Step:
 def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterator[Step]:
     facts, history_of = evidence.facts, heads.read(evidence)
     yield signatures(evidence, history_of.covers)
-    yield chain.anchors(evidence)
     if options.files:
         yield artifacts.step()
     if facts.spec is None:

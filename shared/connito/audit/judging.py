@@ -18,7 +18,7 @@ from connito.protocol.scoring.own_work import leaning_of
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
 from connito.v1 import cycle_pb2, reasons_pb2
-from connito.views.sentences import as_recorded, sentence
+from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
 from connito.wire.subjects import WINDOWS
 
@@ -68,7 +68,7 @@ def _report(evidence: Evidence, cycle: int, validator: str, report: cycle_pb2.Sc
     if ignored is not None and ignored.finding.kind != cycle_pb2.FINDING_KIND_REPORT_LATE:
         yield Difference("reports", where, f"does not count: {sentence(ignored.finding)}", cycle)
     bare = [score.miner for score in report.scores if not score.losses and score.reason not in OF_THE_FILE]
-    if bare and rules.checked(facts) and report.ByteSize() < MAX_REPORT_BYTES // 2:
+    if bare and report.ByteSize() < MAX_REPORT_BYTES // 2:
         yield Difference(
             "reports", where, f"leaves out the losses of {len(bare)} that there was room for", cycle, bare[0]
         )
@@ -95,7 +95,6 @@ def score_fault(facts: RunFacts, score: cycle_pb2.SubmissionScore) -> str:
         )
     except Invalid as error:
         return str(error)
-    as_recorded(again, spec)
     return first_difference(again, score, ("losses",))
 
 
@@ -149,9 +148,7 @@ def recorded_verdicts(
         if verdict.status == cycle_pb2.VERDICT_STATUS_SCORED and verdict.reason not in _OF_THE_REWARD
     }
     copies = _rejected(scored, {reasons_pb2.REASON_COPY})
-    again = score_cycle(evidence.facts, cycle, submissions, agreed, copies, weights, unmerged, leaning_of(scored))
-    as_recorded(again, evidence.facts.spec)
-    return again
+    return score_cycle(evidence.facts, cycle, submissions, agreed, copies, weights, unmerged, leaning_of(scored))
 
 
 def of_the_file(scored: cycle_pb2.CycleScored) -> Refusals:

@@ -28,7 +28,6 @@ from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2
-from connito.views.sentences import as_recorded
 from connito.wire import subjects
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
@@ -122,9 +121,6 @@ def _compare(
         again, recorded = getattr(merged.version, kind), getattr(version, kind)
         for what in _losses(kind, again, recorded, distances):
             yield Difference("merge", where, what, cycle)
-    spec = evidence.facts.spec
-    as_recorded(merged.scored, spec)
-    as_recorded(merged.version, spec)
     # What the gate refused is told with its losses, which are another machine's to the last digits.
     skip = ("before", "after", "change") if distances.largest else ()
     for what in differing(merged.scored, scored, skip):

@@ -107,8 +107,6 @@ def selection(work: Recomputation) -> Step:
     work.say("selecting again")
     try:
         again = _select(spec, work.artifacts, made, _library(work, spec, made))
-        if not made.HasField("signature"):  # logs from before selections had one
-            again.ClearField("signature")
         what = first_difference(again, made) or _ruled_out(again.start, made.start)
     except Invalid as error:
         what = f"cannot be recomputed: {error}"
@@ -139,7 +137,7 @@ def _library(work: Recomputation, spec: run_pb2.RunSpec, made: run_pb2.Selection
 def _select(
     spec: run_pb2.RunSpec, artifacts: Artifacts, made: run_pb2.SelectionMade, library: Library | None
 ) -> run_pb2.SelectionMade:
-    """Return the recomputed fact. A report of an older program is accepted if its decisions are the same."""
+    """Return the recomputed fact. A report whose figures for people are another machine's to the last digits is accepted."""
     from connito.store import ref_of_bytes, ref_of_file
     from connito.workloads.selecting import Probes, choose
 
@@ -157,7 +155,7 @@ def _select(
         statistics = ref_of_bytes(chosen.statistics, SAFETENSORS, place)
         report = chosen.report(statistics.digest)
         ref = ref_of_bytes(report, "application/json", place)
-        if ref != made.report and _agrees(artifacts.path(made.report), report, spec.selection.report_version):
+        if ref != made.report and _agrees(artifacts.path(made.report), report):
             ref = made.report
         return run_pb2.SelectionMade(
             run=spec.run,
@@ -170,25 +168,20 @@ def _select(
             target_parameters=chosen.target_parameters,
             model_parameters=chosen.model_parameters,
             start=chosen.start,
-            # Selections of older programs do not say it.
-            routers=chosen.selection.routers if made.routers else "",
+            routers=chosen.selection.routers,
         )
 
 
 def _as_said(again: run_pb2.LayerSelection, made: run_pb2.LayerSelection) -> run_pb2.LayerSelection:
-    """Return a layer with what older programs do not say left out, and the use of its experts as the log has it, where that is
-    the same within rounding.
-    """
-    if not made.use or _close(list(again.use), list(made.use)):
+    """Return a layer with the use of its experts as the log has it, where that is the same within rounding."""
+    if _close(list(again.use), list(made.use)):
         again.use[:] = made.use
-    if not made.per_token:
-        again.per_token = 0
     return again
 
 
-def _agrees(made: Path, again: bytes, version: int) -> bool:
+def _agrees(made: Path, again: bytes) -> bool:
     """Return whether a report with other bytes has the same content: exactly what later steps use, and within rounding
-    what it tells people. The diagnostics of an older program (version 0) are not compared."""
+    what it tells people."""
     try:
         there, here = json.loads(made.read_bytes()), json.loads(again)
     except ValueError:
@@ -196,7 +189,7 @@ def _agrees(made: Path, again: bytes, version: int) -> bool:
     decides = ("method", "threshold", "layers", "helpers", "base", "selected", "total")
     if any(there.get(name) != here.get(name) for name in decides):
         return False
-    return not version or _close(there | {"statistics": ""}, here | {"statistics": ""})
+    return _close(there | {"statistics": ""}, here | {"statistics": ""})
 
 
 def _close(one: Any, other: Any) -> bool:

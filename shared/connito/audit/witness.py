@@ -14,7 +14,6 @@ from pathlib import Path
 
 from connito.bus.follow import CaughtUp
 from connito.errors import Invalid, Retry, VerificationFailed
-from connito.protocol.rules import checked
 from connito.runtime.host import Disk
 from connito.runtime.progress import Notify
 from connito.service.unbegun import Unbegun
@@ -102,7 +101,7 @@ class Witness:
 
     def _catch_up(self) -> None:
         self._caught_up = True
-        for facts in list(filter(checked, self._log.runs.values())):
+        for facts in list(self._log.runs.values()):
             if facts.archived is None or facts.cycles():
                 self._attend(facts.run, partial(self._advance, facts))
             if facts.archived is not None and facts.run not in self._met:
@@ -139,7 +138,7 @@ class Witness:
     def _advance(self, facts: RunFacts) -> None:
         trees = self._log.trees
         assert trees is not None
-        while checked(facts) and (fact := facts.head(trees.of(facts.run).number + 1)) is not None:
+        while (fact := facts.head(trees.of(facts.run).number + 1)) is not None:
             try:
                 self._cosign(facts.run, trees.checkpoint(facts, fact.key.cycle))
             except Retry:

@@ -150,30 +150,15 @@ class Corpus:
         """Return token ids of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def complete(self, separator: int | None = None) -> Corpus:
-        """Return the same with every document's end in it: `separator`, else the one in the metadata, behind each."""
+    def complete(self) -> Corpus:
+        """Return the same with every document's end in it: the separator in the metadata, behind each."""
         if self.whole:
             return self
+        separator = self.separator
         if separator is None:
-            separator = self.separator
-        if separator is None:
-            raise broken("it names no separator token; pass one")
+            raise broken("it names no separator token")
         tokens = np.insert(self.tokens, self.offsets[1:], np.int32(separator))
         return Corpus(tokens, self.offsets + np.arange(len(self.offsets)), {**self.metadata, ENDS: WHOLE})
-
-    def sequences(self, length: int, separator: int | None = None) -> Tokens:
-        """Pack all documents in a row, without regard to where one ends, into int32 [n, length + 1].
-
-        A row predicts `length` tokens. Rows do not overlap; what is left at the end is dropped. Raises `Invalid` with the
-        numbers when there is not even one row, or when the corpus says which tokens count, which such rows cannot.
-        """
-        if self.loss is not None:
-            raise broken("it says which tokens count, and rows in which documents run on do not keep that")
-        packed = self.complete(separator).tokens
-        count = len(packed) // (length + 1)
-        if count == 0:
-            raise too_short(self, length)
-        return np.ascontiguousarray(packed[: count * (length + 1)].reshape(count, length + 1), np.int32)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

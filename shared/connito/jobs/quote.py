@@ -19,7 +19,6 @@ from connito.jobs.findings import Finding, require
 from connito.jobs.pilot import Pilot, try_out
 from connito.moe.footprint import Footprint, Workload
 from connito.protocol.coding import is_coded, usual_bytes
-from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.policy.choices import ADAMW
 from connito.protocol.progress import MOST_REPLAY
 from connito.render import formats
@@ -140,7 +139,7 @@ def _memory(checked: Checked, selection: Selection) -> Footprint:
         background=checked.spec.selection.background,
         routing_mode=policy.routing_mode or "natural",
         inner=policy.optimizer or ADAMW,
-        packed=checked.spec.protocol_version >= DOCUMENTS_APART,
+        packed=True,
     )
     return rehearse(checked.context.config(), selection.layers, selection.helpers, work)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from connito.library.artifact import CARD_FILE, MODEL_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
-from connito.library.record import CARD_IN_WORDS
 from connito.library.schema import Contributor, ExpertRecord, Loss, Score, Start, Version
 
 _CARD = """\
@@ -223,7 +222,7 @@ def _maker(record: ExpertRecord) -> str:
     if "derived" in record:
         return f"`{record['derived']['verb']}`, {record['created']}"
     count = len(record["lineage"])
-    versions = "1 version" if count == 1 and _in_words(record) else f"{count} versions"
+    versions = "1 version" if count == 1 else f"{count} versions"
     return f"run `{record['run']}`, {versions}, finished {record['created']}"
 
 
@@ -236,15 +235,8 @@ def _parents(record: ExpertRecord) -> str:
     )
 
 
-def _in_words(record: ExpertRecord) -> bool:
-    """Tell whether a card is written as since protocol version 3; that of an older run keeps its bytes."""
-    return "derived" in record or record.get("protocol", 0) >= CARD_IN_WORDS
-
-
 def _visibility(record: ExpertRecord) -> str:
     rules = governance(record)
-    if not _in_words(record):
-        return rules["organisation"] if rules["visibility"] == "organisation" else str(rules["visibility"])
     group = f"members of {rules['organisation']}"
     return {"public": "everybody", "private": "its owner alone", "organisation": group}[rules["visibility"]]
 
@@ -252,7 +244,7 @@ def _visibility(record: ExpertRecord) -> str:
 def _base_to_load(record: ExpertRecord) -> str:
     """Return what to give to transformers: a repository of a hub, or a folder that only its reader knows."""
     name = _text(record["base"]["name"])
-    folder = _in_words(record) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None
+    folder = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None
     return f'"path/to/{name}"' if folder else f'"{name}"'
 
 

@@ -23,8 +23,6 @@ from connito.wire.facts import RunFacts
 RECORD_FORMAT = "connito-record/1"
 RECORD_MEDIA_TYPE = "application/vnd.connito.record+json"
 CARD_MEDIA_TYPE = "text/markdown"
-# The protocol version since which a card says who sees an expert, and where its base is, in words.
-CARD_IN_WORDS = 3
 
 # Gate outcomes under which a version differs from its parent.
 MERGED = frozenset(
@@ -103,8 +101,7 @@ def build_record(
             ),
         },
     }
-    if spec.protocol_version >= CARD_IN_WORDS:
-        record["protocol"] = spec.protocol_version
+    record["protocol"] = spec.protocol_version
     record |= scored(facts)
     start = start_record(selection)
     return record if start is None else {**record, "parents": [start["expert_id"]], "started_from": start}

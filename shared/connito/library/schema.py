@@ -169,7 +169,7 @@ class ExpertRecord(TypedDict):
     domain: str
     version: NotRequired[int]
     parents: NotRequired[list[str]]
-    # Of its run, from version 3 on: how its card is written.
+    # The version of the rules that its run was under.
     protocol: NotRequired[int]
     run: str
     created: str

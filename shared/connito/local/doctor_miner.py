@@ -15,7 +15,6 @@ from connito.data.manifest import FileEntry, Manifest
 from connito.errors import ConnitoError, Retry
 from connito.local.doctor_platform import PROBE_BYTES, SLOW_BYTES_PER_SECOND, Check, clock
 from connito.platform.log import read_runs
-from connito.protocol.findings import DOCUMENTS_APART
 from connito.protocol.policy.choices import ADAMW
 from connito.render import formats
 from connito.store.named import ref_of_bytes
@@ -188,7 +187,7 @@ def _predicted(facts: RunFacts, links: _Links, have: int, *, cuda: bool) -> tupl
         inner=policy.optimizer or ADAMW,
         residency=ALL,
         cuda=cuda,
-        packed=facts.require_spec().protocol_version >= DOCUMENTS_APART,
+        packed=True,
     )
     # What a miner chooses by itself comes first; a setting of the owner's is named.
     chosen, turned = lean(predict, work, have, tuple(s for s in SWITCHES if s.field in ("residency", "checkpointing")))

@@ -78,34 +78,24 @@ def clock(skew: float, whose: str) -> Check:
 async def _resume(session: Session, bus: Bus) -> Check:
     """Check the runs that have not ended, and what they wait for."""
     from connito.platform.log import hear_trained, read_runs
+    from connito.protocol.quorum import overdue
 
     log = await read_runs(session, bus)
     runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
     for facts in runs:
         await hear_trained(bus, log, facts.run)
-    stake = session.roster.stake
-    stuck = [facts for facts in runs if _overdue(facts, stake)]
-    found = "; ".join(f"{facts.run}: {_where(facts, stake)}" for facts in runs) or "no run is under way"
+    stake, now = session.roster.stake, int(time.time() * 1000)
+    stuck = [facts for facts in runs if overdue(facts, now, stake)]
+    found = "; ".join(f"{facts.run}: {_where(facts, now, stake)}" for facts in runs) or "no run is under way"
     remedy = "nothing closed the window: see the coordinator's log, and whether one leads (`connito status`)"
     return Check("resume point", not stuck, found, remedy if stuck else "", warning=True)
 
 
-def _where(facts: RunFacts, stake: Stake) -> str:
+def _where(facts: RunFacts, now_ms: int, stake: Stake) -> str:
     from connito.protocol.quorum import pause
     from connito.views.live import phase
 
-    now = int(time.time() * 1000)
-    return phase(facts, now, pause(facts, now, stake))
-
-
-def _overdue(facts: RunFacts, stake: Stake) -> bool:
-    from connito.protocol import rules
-    from connito.protocol.quorum import pause
-
-    window, now = facts.open_window, int(time.time() * 1000)
-    if window is None or not window.deadline_unix_ms or pause(facts, now, stake) is not None:
-        return False
-    return now > rules.deadline_ms(facts, window) + 60_000
+    return phase(facts, now_ms, pause(facts, now_ms, stake))
 
 
 async def _expiries(session: Session) -> list[Check]:

@@ -6,26 +6,17 @@ fields decide, so a sentence may be reworded or translated at any time, also whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
-
-from google.protobuf.message import Message
 
 from connito.errors import Invalid
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.v1.run_pb2 import RunSpec
 from connito.wire.bounds import NAME_BYTES, WORDS_BYTES, cut
-from connito.wire.heads import HEADS_SINCE
 
-# `RunSpec.protocol_version`. 0: outcomes are recorded as sentences. 1: as findings. 2: the documents of a sequence do not
-# see each other, and a corpus may say which tokens count. 3: copies are found by function (`scoring.own_work`); draw, quorum and
-# closing are checked (`protocol.rules`), the log has signed heads, and uploads are locked until they are revealed
-# (`wire.locked`).
+# `RunSpec.protocol_version`: the rules that a run is under. Those below it were of builds before the first release.
 PROTOCOL_VERSION = 3
-DOCUMENTS_APART = 2
-COPIES_BY_FUNCTION = GAINLESS_TRIED = LOCKED = 3
-CHECKED = HEADS_SINCE
 
 Outcome: TypeAlias = (
     cycle_pb2.Refused
@@ -33,13 +24,6 @@ Outcome: TypeAlias = (
     | cycle_pb2.Verdict
     | cycle_pb2.ValidatorStanding
     | cycle_pb2.VersionPublished
-)
-_OUTCOMES = (
-    cycle_pb2.Refused,
-    cycle_pb2.SubmissionScore,
-    cycle_pb2.Verdict,
-    cycle_pb2.ValidatorStanding,
-    cycle_pb2.VersionPublished,
 )
 
 # Reasons that a submission's file gave, not a loss: its sender's doing, not the machine's or the store's.
@@ -78,11 +62,12 @@ Refusals = Mapping[str, Refusal]
 
 
 def check_version(spec: RunSpec) -> None:
-    """Raise `Invalid` for a run under rules that are newer than this program."""
-    if spec.protocol_version > PROTOCOL_VERSION:
+    """Raise `Invalid` for a run under rules that this program does not know."""
+    if spec.protocol_version != PROTOCOL_VERSION:
+        newer = spec.protocol_version > PROTOCOL_VERSION
         raise Invalid(
-            f"run {spec.run} is under protocol version {spec.protocol_version}, this program knows versions up to "
-            f"{PROTOCOL_VERSION}; upgrade it",
+            f"run {spec.run} is under protocol version {spec.protocol_version}, this program knows version "
+            f"{PROTOCOL_VERSION}; {'upgrade it' if newer else 'a build from before the first release began the run'}",
             reason=reasons_pb2.REASON_UNSUPPORTED_SCHEMA,
         )
 
@@ -92,14 +77,3 @@ def finding_of(outcome: Outcome) -> Finding:
     if outcome.HasField("finding"):
         return outcome.finding
     return Finding(text=outcome.gate_detail if isinstance(outcome, cycle_pb2.VersionPublished) else outcome.detail)
-
-
-def outcomes_of(message: Message) -> Iterator[Outcome]:
-    """Yield the outcomes in a fact's payload: itself, or those of a report or of a cycle's result."""
-    if isinstance(message, _OUTCOMES):
-        yield message
-    elif isinstance(message, cycle_pb2.ScoreReport):
-        yield from message.scores
-    elif isinstance(message, cycle_pb2.CycleScored):
-        yield from message.verdicts
-        yield from message.validators

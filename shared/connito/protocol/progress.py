@@ -5,7 +5,6 @@ All of it follows from the facts of the cycles before, so coordinator, miners an
 
 from __future__ import annotations
 
-from connito.protocol.findings import CHECKED
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import TrainPolicy
 from connito.wire.facts import RunFacts
@@ -25,11 +24,6 @@ GIVE_UP = 3
 # The share that a run without replay begins with, where it has text for it, and the largest that it raises it to by itself.
 FIRST_REPLAY = 0.125
 MOST_REPLAY = 0.5
-
-
-def adapts(facts: RunFacts) -> bool:
-    """Return whether the run's rules adapt its training and know an end without improvement."""
-    return facts.spec is not None and facts.spec.protocol_version >= CHECKED
 
 
 def merged_anything(facts: RunFacts) -> bool:
@@ -57,7 +51,7 @@ def barren_before(facts: RunFacts, cycle: int) -> int:
 
 def hopeless(facts: RunFacts) -> bool:
     """Return whether more cycles would change nothing: nothing was ever merged, with the rate lowered again and again."""
-    return adapts(facts) and not merged_anything(facts) and barren_before(facts, facts.cycle + 1) >= GIVE_UP
+    return not merged_anything(facts) and barren_before(facts, facts.cycle + 1) >= GIVE_UP
 
 
 def training(facts: RunFacts, cycle: int) -> TrainPolicy:
@@ -65,7 +59,7 @@ def training(facts: RunFacts, cycle: int) -> TrainPolicy:
     cycle right before it."""
     spec, policy = facts.require_spec(), TrainPolicy()
     policy.CopyFrom(spec.training)
-    times = barren_before(facts, cycle) if adapts(facts) else 0
+    times = barren_before(facts, cycle)
     if times:
         policy.learning_rate *= 0.5**times
         if spec.replay.artifact.digest and policy.replay_share < MOST_REPLAY:

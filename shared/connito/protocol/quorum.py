@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from connito.protocol import rules
 from connito.protocol.bans import banned
 from connito.wire.facts import RunFacts
+from connito.wire.window import Window
+
+# A window may close this much after its deadline before somebody should be told.
+OVERDUE_MS = 5000
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,11 @@ def pause(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Pause | None:
         return None
     here = present(facts, window.cycle, stake)
     return None if here.enough else here
+
+
+def overdue(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Window | None:
+    """Return the open window that should have been closed by now; None where none is, and for a run that waits for people."""
+    window = facts.open_window if facts.spec is not None and facts.ended is None else None
+    if window is None or not window.deadline_unix_ms or pause(facts, now_ms, stake) is not None:
+        return None
+    return window if now_ms > rules.deadline_ms(facts, window) + OVERDUE_MS else None

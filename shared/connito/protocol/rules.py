@@ -2,8 +2,7 @@
 
 An operator holds the coordinator's key, and may decide when a window closes and who is in a draw. These rules leave no choice
 that a reader of the log could not see: validators refuse to score a cycle that breaks one, the aggregator judges nobody in
-it, and an audit names it. They hold for runs under protocol version 3 and later; under earlier ones only the policy's number
-of validators counts.
+it, and an audit names it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 
 from connito.protocol.beacon import draw_seed, opens
-from connito.protocol.findings import CHECKED
 from connito.protocol.scoring.counted_reports import Reports, draw
 from connito.protocol.scoring.trust import votes
 from connito.v1 import cycle_pb2
@@ -26,11 +24,6 @@ Stake = Callable[[str], float]
 TOLERANCE_MS = 1000
 # Windows that wait for the first to be heard, for so many ceilings at most: where nobody is, something is away that all need.
 WAITS_FOR_ONE, CEILINGS = ("commit", "submit", "validate"), 3
-
-
-def checked(facts: RunFacts) -> bool:
-    """Return whether a run is under these rules."""
-    return facts.spec is not None and facts.spec.protocol_version >= CHECKED
 
 
 def electorate(facts: RunFacts, cycle: int) -> list[str]:
@@ -77,13 +70,13 @@ def weighs(facts: RunFacts, cycle: int, who: Collection[str], stake: Stake) -> t
 
 
 def quorum_of_draw(facts: RunFacts, cycle: int, who: Collection[str], stake: Stake) -> bool:
-    """Return whether these validators may draw: as many as the policy asks for and, where the rules are checked, more than half
-    of the votes of all that joined.
+    """Return whether these validators may draw: as many as the policy asks for, and more than half of the votes of all that
+    joined.
     """
     if not who or len(who) < facts.require_spec().windows.min_validators:
         return False
     mine, total = weighs(facts, cycle, who, stake)
-    return not checked(facts) or 2 * mine > total
+    return 2 * mine > total
 
 
 def half_time_ms(window: Window) -> int:
@@ -102,13 +95,12 @@ def deadline_ms(facts: RunFacts, window: Window) -> int:
     opened, deadline = window.opened_fact, window.deadline_unix_ms
     assert opened is not None
     half = max(0, deadline - opened.time_unix_ms) // 2
-    if checked(facts):
-        policy = facts.require_spec().windows
-        deadline = max(deadline, opened.time_unix_ms + round(policy.floor_seconds * 1000))
-        if unheard(facts, window):
-            deadline = max(deadline, opened.time_unix_ms + round(CEILINGS * policy.ceiling_seconds * 1000))
-        elif window.name in WAITS_FOR_ONE:
-            deadline = max(deadline, half + min(fact.time_unix_ms for _, fact in _heard(facts, window)))
+    policy = facts.require_spec().windows
+    deadline = max(deadline, opened.time_unix_ms + round(policy.floor_seconds * 1000))
+    if unheard(facts, window):
+        deadline = max(deadline, opened.time_unix_ms + round(CEILINGS * policy.ceiling_seconds * 1000))
+    elif window.name in WAITS_FOR_ONE:
+        deadline = max(deadline, half + min(fact.time_unix_ms for _, fact in _heard(facts, window)))
     if window.name == "validate" and window.drawn_fact is not None:
         deadline = max(deadline, window.drawn_fact.time_unix_ms + half)
     return deadline
@@ -118,21 +110,17 @@ def due_ms(facts: RunFacts, window: Window) -> int:
     """Return until when an open window waits, as people are told it: what was announced, longer where the first was heard late;
     0 for one without a deadline. Nobody being heard, a run is paused from what was announced."""
     announced = window.deadline_unix_ms
-    return announced if not announced or unheard(facts, window) else deadline_ms(facts, window)
+    known = announced and facts.spec is not None and not unheard(facts, window)
+    return deadline_ms(facts, window) if known else announced
 
 
 def unheard(facts: RunFacts, window: Window) -> bool:
     """Return whether nobody at all was heard in a window before it closed."""
-    return checked(facts) and window.name in WAITS_FOR_ONE and next(_heard(facts, window), None) is None
+    return window.name in WAITS_FOR_ONE and next(_heard(facts, window), None) is None
 
 
 def readable(facts: RunFacts, cycle: int) -> bool:
-    """Return whether what the rules of a cycle rest on in other streams has been read: who committed to a secret and, where the
-    rules are checked, who had joined and what votes weigh.
-    """
-    if not checked(facts):
-        drawn = facts.drawn(cycle)
-        return drawn is None or all(key in facts.seed_commitments(cycle) for key in drawn.validators)
+    """Return whether what the rules of a cycle rest on in other streams has been read: who had joined, and what votes weigh."""
     return facts.head(cycle) is not None and (cycle == 1 or facts.scored(cycle - 1) is not None)
 
 
@@ -143,9 +131,6 @@ def fault(facts: RunFacts, cycle: int, stake: Stake) -> Finding | None:
 
 def faults(facts: RunFacts, cycle: int, stake: Stake, *, said: bool) -> Iterator[Finding]:
     """Yield every rule that a cycle breaks, as far as it has come. `said`: what miners say is known too (INGRESS)."""
-    if not checked(facts):
-        yield from _seed(facts, facts.window("validate", cycle))
-        return
     for name in WINDOWS:
         window = facts.window(name, cycle)
         if name == "validate" and window.opened is not None and facts.window("train", cycle).closed is not None:
@@ -186,7 +171,7 @@ def _seed(facts: RunFacts, window: Window) -> Iterator[Finding]:
     if fact is None:
         return
     good, reveals = secrets(facts, window), facts.seed_reveals(window.cycle)
-    cut = min(fact.sequence, fact.message.last_sequence if checked(facts) else fact.sequence)
+    cut = min(fact.sequence, fact.message.last_sequence)
     known = {key: good[key] for key in fact.message.validators if key in good and reveals[key].sequence <= cut}
     if wrong := sorted(set(fact.message.validators) - set(known)):
         yield Finding(kind=cycle_pb2.FINDING_KIND_RULE_DRAW, miners=wrong)
@@ -266,7 +251,7 @@ def _heard(facts: RunFacts, window: Window) -> Iterator[tuple[str, Fact]]:
 
 def objectors(facts: RunFacts, cycle: int, stake: Stake) -> bool:
     """Return whether validators with half of the votes object to a cycle: there can be no quorum in it, nor ought there to be."""
-    if not checked(facts) or not facts.objections(cycle):
+    if not facts.objections(cycle):
         return False
     mine, total = weighs(facts, cycle, set(facts.objections(cycle)) & set(electorate(facts, cycle)), stake)
     return 2 * mine >= total > 0
@@ -276,18 +261,17 @@ def quorum_fault(facts: RunFacts, cycle: int, reports: Reports, stake: Stake) ->
     """Return why the reports are too few to judge anyone; None when they suffice.
 
     A cycle that breaks a rule judges nobody. The draw had its quorum of validators; of the weight of their votes, and of all that
-    joined where the rules are checked, more than half must have reported. A validator that fell silent after its reveal then
-    costs nobody the cycle, and a lying minority is not made a majority by it. Where the seed assigns submissions, one
+    joined, more than half must have reported. A validator that fell silent after its reveal then costs nobody the cycle, and a
+    lying minority is not made a majority by it. Where the seed assigns submissions, one
     whose assigned validators mostly fell silent is told so in its verdict.
     """
     drawn = draw(facts, cycle)
-    if checked(facts) and (broken := fault(facts, cycle, stake)) is not None:
+    if (broken := fault(facts, cycle, stake)) is not None:
         return broken
     if drawn is None:
         return Finding(kind=cycle_pb2.FINDING_KIND_NOTHING_DRAWN)
     weight = votes(facts, cycle, stake)
-    joined = electorate(facts, cycle) if checked(facts) else []
-    total = sum(weight(validator) for validator in sorted({*drawn.validators, *joined}))
+    total = sum(weight(validator) for validator in sorted({*drawn.validators, *electorate(facts, cycle)}))
     reported = sum(weight(validator) for validator in reports.counted)
     if reported <= total / 2:
         return Finding(kind=cycle_pb2.FINDING_KIND_QUORUM_MISSED, weight=reported, total_weight=total)

@@ -16,8 +16,6 @@ from connito.data.corpus import Corpus
 from connito.data.packing import Rows, pack
 from connito.errors import Invalid
 from connito.protocol import progress
-from connito.protocol.findings import DOCUMENTS_APART
-from connito.protocol.rules import checked
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts
@@ -27,12 +25,11 @@ BATCH_TAG = b"connito.v1.batches"
 
 
 def sequences(corpus: Corpus, spec: RunSpec) -> Rows:
-    """Return a corpus as rows [n, L + 1] of the run's length: documents apart, or all in a row under older rules.
+    """Return a corpus as rows [n, L + 1] of the run's length: documents apart.
 
     Raises `Invalid` when there is not even one.
     """
-    length = spec.training.sequence_length
-    return pack(corpus, length) if spec.protocol_version >= DOCUMENTS_APART else corpus.sequences(length)
+    return pack(corpus, spec.training.sequence_length)
 
 
 def replays(spec: RunSpec) -> bool:
@@ -56,7 +53,7 @@ def miner_batches(facts: RunFacts, cycle: int, miner: str, train: Rows, replay: 
         mask, count = _replay_slots(progress.training(facts, earlier), replay), len(miners_of(facts, earlier))
         given = (given[0] + count * int((~mask).sum()), given[1] + count * int(mask.sum()))
     policy = progress.training(facts, cycle)
-    head = facts.head(cycle) if checked(facts) else None
+    head = facts.head(cycle)
     turn = "" if head is None else head.message.checkpoint
     return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, replay, given, turn)
 

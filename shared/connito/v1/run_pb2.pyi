@@ -322,7 +322,7 @@ class ScorePolicy(_message.Message):
     """General loss may rise by this many nats per token before a submission counts as harmful."""
     copy_threshold: _builtins.float
     """Cosine similarity of two pseudo-gradients from which the later commitment counts as a copy.
-    From protocol_version 3 on, what tells a copy is fixed (ADR 21), and a limit says only whether its sign counts.
+    What tells a copy is fixed (ADR 21), and a limit says only whether its sign counts.
     """
     paid_ranks: _builtins.int
     """Submissions ranked below this earn nothing."""
@@ -681,11 +681,7 @@ class RunSpec(_message.Message):
     """Who sees the expert that comes out: public (also when empty), organisation, private to the customer."""
     organisation: _builtins.str
     protocol_version: _builtins.int
-    """The rules that the run is under, filled in by the coordinator. 0, a run of before there were versions: outcomes are
-    recorded as sentences. 1: as findings. 2: the documents of a sequence do not see each other, and a corpus may say which
-    tokens count.
-    3: draw, quorum and closing are rules that everybody checks, and the log has signed heads.
-    """
+    """The rules that the run is under, filled in by the coordinator; 3 is the first that was released."""
     @_builtins.property
     def base(self) -> Global___BaseRef: ...
     @_builtins.property

@@ -1,17 +1,13 @@
 """Sentences about outcomes, one for each kind of finding; no other module words them.
 
-Texts are free to change: no rule and no audit reads them. Under protocol version 0 outcomes are recorded as sentences, so
-that `as_recorded` writes these into the facts of such a run.
+Texts are free to change: no rule and no audit reads them.
 """
 
 from __future__ import annotations
 
-from google.protobuf.message import Message
-
-from connito.protocol.findings import Outcome, finding_of, outcomes_of
+from connito.protocol.findings import Outcome, finding_of
 from connito.v1 import cycle_pb2 as c
 from connito.v1.cycle_pb2 import Finding
-from connito.v1.run_pb2 import RunSpec
 from connito.wire.facts import RunFacts
 from connito.wire.identity import short_key
 
@@ -30,16 +26,6 @@ def sentence(finding: Finding) -> str:
 def why_left(facts: RunFacts) -> str:
     """Return which service cannot go on with a run, and why; empty while all can."""
     return next((f"the {one.service} cannot go on ({one.action}): {one.detail}" for one in facts.paused), "")
-
-
-def as_recorded(message: Message, spec: RunSpec | None) -> None:
-    """Give a fact's payload, in place, the form that the rules of its run record outcomes in."""
-    if spec is not None and spec.protocol_version:
-        return
-    for outcome in outcomes_of(message):
-        if outcome.HasField("finding"):
-            setattr(outcome, "gate_detail" if isinstance(outcome, c.VersionPublished) else "detail", detail_of(outcome))
-            outcome.ClearField("finding")
 
 
 def _words(f: Finding) -> dict[str, str]:
@@ -144,9 +130,7 @@ SENTENCES: dict[int, str] = {
         "cycle {f.cycle} starts from state {f.expected:.12}…, you trained from {f.name:.12}…; fetch the state that "
         "train.opened names"
     ),
-    c.FINDING_KIND_NO_KEY: (
-        "the key of a locked upload has 32 bytes and comes with the digest of what is inside, from protocol version 3 on"
-    ),
+    c.FINDING_KIND_NO_KEY: ("the key of a locked upload has 32 bytes and comes with the digest of what is inside"),
     c.FINDING_KIND_WRONG_REALM: "a submission is uploaded to, and named in, REALM_SUBMISSION",
     c.FINDING_KIND_TOO_LARGE: "{f.count} bytes, but the selected experts take {f.limit}; upload only their tensors",
     c.FINDING_KIND_TOO_SMALL: (

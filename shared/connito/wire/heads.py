@@ -23,8 +23,6 @@ from connito.wire.identity import Identity
 from connito.wire.merkle import Tree, leaf_hash
 from connito.wire.subjects import ROOT, run_of
 
-# `RunSpec.protocol_version` since which a log has heads.
-HEADS_SINCE = 3
 # As heads cover them.
 STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY")
 # What the library hears of an expert once its run has ended is not of the run.
@@ -139,14 +137,13 @@ class LogTrees:
         """Return the tree of a run."""
         return self.runs.setdefault(run, LogTree())
 
-    def add(self, record: Record, facts: RunFacts | None) -> None:
-        """Take in a stored message, also one that does not verify: a head covers it. `facts`: what is known of its run."""
-        if facts is None or facts.spec is None or facts.spec.protocol_version >= HEADS_SINCE:
-            self.of(run_of(record.subject)).add(record)
+    def add(self, record: Record) -> None:
+        """Take in a stored message, also one that does not verify: a head covers it."""
+        self.of(run_of(record.subject)).add(record)
 
     def note(self, facts: RunFacts) -> dict[str, Any] | None:
-        """Return a run's tree as `LogTree.note`, as far as its heads go; None for a run that has none by its rules."""
-        if facts.spec is None or facts.spec.protocol_version < HEADS_SINCE:
+        """Return a run's tree as `LogTree.note`, as far as its heads go; None for what is no run."""
+        if facts.spec is None:
             return None
         # One that is not of the log, or covers what was not read yet, is told of by whoever acts on it.
         with suppress(Invalid, Retry):

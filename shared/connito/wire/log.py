@@ -61,7 +61,7 @@ class Log:
             fact = self.verified(record)
         else:
             if self.trees is not None:
-                self.trees.add(record, self.runs.get(run_of(record.subject)))
+                self.trees.add(record)
             whole = self.parts.take(record, self.roster)
             if whole is None:
                 return None

@@ -18,7 +18,7 @@ from connito.data.tensors import read_header
 from connito.errors import Environment, Invalid
 from connito.protocol.claims import claim_of, counts_of
 from connito.protocol.coding import decoded, is_coded
-from connito.protocol.findings import COPIES_BY_FUNCTION, GAINLESS_TRIED, Refusal, Refusals, finding_of
+from connito.protocol.findings import Refusal, Refusals, finding_of
 from connito.protocol.merging.aggregators import COUNT_UTILITIES
 from connito.protocol.merging.by_expert import judged, use_of
 from connito.protocol.merging.candidates import (
@@ -34,7 +34,7 @@ from connito.protocol.merging.gate import Losses, Outcome, Part, Rule, choose
 from connito.protocol.merging.reading import inspect
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
-from connito.protocol.scoring.copies import CopyEvidence, find_copies, gains_of
+from connito.protocol.scoring.copies import CopyEvidence, gains_of
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.functions import function_gram
 from connito.protocol.scoring.own_work import Leaning, handed_in_again, own_work
@@ -115,7 +115,7 @@ def merge_cycle(
 def _gainless(facts: RunFacts, agreed: Consensus, inputs: MergeInputs) -> frozenset[int]:
     """Return the submissions that were judged by expert and gained nothing, where they may be merged with others."""
     spec = facts.require_spec()
-    if spec.protocol_version < GAINLESS_TRIED or not inputs.use or spec.merging.aggregator in COUNT_UTILITIES:
+    if not inputs.use or spec.merging.aggregator in COUNT_UTILITIES:
         return frozenset()
     reasons = [agreed.reasons.get(entry.miner) for entry in inputs.submissions]
     return frozenset(
@@ -133,15 +133,13 @@ def _whose(
     earlier: Sequence[EarlierWork],
     weights: NDArray[np.float64],
 ) -> tuple[Refusals, Leaning]:
-    """Return the copies among submissions that are in order, and who is paid a part; by the rules of the run's version.
+    """Return the copies among submissions that are in order, and who is paid a part.
 
     `weights` are inner products of `earlier`, then of the submissions.
     """
     spec, sound = facts.require_spec(), inputs.submissions
     measured = gains_of(read_reports(facts, cycle).counted)
     evidence = CopyEvidence(inputs.gram, measured, agreed.stakes)
-    if spec.protocol_version < COPIES_BY_FUNCTION:
-        return copies.refusals(sound, inputs.gram, find_copies(sound, evidence, spec.scoring)), {}
     drawn = facts.drawn(cycle)
     states = [*(work.state for work in earlier), *inputs.deltas.states]
     bases = [*(work.base for work in earlier), *inputs.deltas.bases]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connito.protocol.findings import COPIES_BY_FUNCTION
 from connito.protocol.scoring.copies import REMEMBERED_CYCLES
 from connito.v1 import cycle_pb2
 from connito.wire.facts import RunFacts
@@ -25,13 +24,11 @@ class EarlierWork:
 
 
 def earlier_works(facts: RunFacts, cycle: int) -> list[cycle_pb2.Submission]:
-    """Return the works that those of a cycle are compared with; none for runs whose rules do not.
+    """Return the works that those of a cycle are compared with.
 
     Where a run keeps the artifacts of its last cycles only, these are of the one before, which an audit still has.
     """
     spec = facts.require_spec()
-    if spec.protocol_version < COPIES_BY_FUNCTION:
-        return []
     back = 1 if spec.retention.cycles else REMEMBERED_CYCLES
     found: list[cycle_pb2.Submission] = []
     for before in range(cycle - 1, max(0, cycle - 1 - back), -1):

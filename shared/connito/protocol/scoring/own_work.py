@@ -1,4 +1,4 @@
-"""Judging whose work a submission is, from protocol version 3 on: copies are refused, what leans on others is paid in part.
+"""Judging whose work a submission is: copies are refused, what leans on others is paid in part.
 
 Each submission is judged against those committed before it that are no copies themselves, in three spaces: the
 pseudo-gradients' weights, the change of the experts' functions (`functions`), and, with noise that costs nothing in

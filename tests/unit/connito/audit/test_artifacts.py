@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
-import pytest
 from connito.audit.artifacts import Named, named
 from connito.audit.evidence import Evidence
 from connito.audit.receipts import needs
-from connito.protocol.findings import COPIES_BY_FUNCTION
 from connito.protocol.scoring.copies import REMEMBERED_CYCLES
 from connito.v1 import cycle_pb2, run_pb2
 
@@ -18,17 +16,16 @@ from tests.support.run import Run, ref, theta
 BEGAN = "state that it began from"
 
 
-@pytest.mark.parametrize(("version", "asked"), [(COPIES_BY_FUNCTION, True), (COPIES_BY_FUNCTION - 1, False)])
-def test_only_rules_that_look_back_ask_for_the_states_that_works_began_from(version: int, asked: bool) -> None:
+def test_the_states_that_works_began_from_are_asked_for() -> None:
     run = Run()
-    run.created(run.spec(cycles=9, protocol_version=version, retention=run_pb2.RetentionPolicy(cycles=1))).selected()
+    run.created(run.spec(cycles=9, retention=run_pb2.RetentionPolicy(cycles=1))).selected()
     entry = cycle_pb2.Submission(miner="M", artifact=ref("a" * 64), base_state=theta(0), origin_cycle=1)
     run.say("train", 1, "opened", state=theta(0))
     run.say("submit", 1, "settled", submissions=[entry])
     evidence = cast(Evidence, SimpleNamespace(facts=run.facts, name=str, library=[]))
     found = [one.what for one in named(evidence)]
     assert "submission of M" in found
-    assert (BEGAN in found) is asked
+    assert BEGAN in found
 
 
 def test_an_explanation_asks_for_what_a_submission_was_held_against_and_for_nothing_older() -> None:

@@ -11,16 +11,11 @@ from typing import Any, cast
 
 import pytest
 from connito.audit import chain
-from connito.audit.audit import Options, against, audit
 from connito.audit.evidence import signatures
-from connito.v1 import cycle_pb2 as c
 from connito.v1.artifacts_pb2 import ArtifactRef
-from connito.wire.chain import Chains
 from connito.wire.fact import Record
-from connito.wire.subjects import WINDOWS
 from connito.wire.verification import ANY, CATALOGUE, INGRESS
 from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import Message
 
 from tests.unit.connito.audit.world import MINERS, RUN, VALIDATORS, World, tell
 
@@ -85,79 +80,6 @@ def test_a_message_that_was_signed_again_breaks_the_chain_in_its_window(told: Wo
     parts = subject.split(".")
     window = f"{parts[0]}.{parts[1]}" if parts[0] in ("train", "commit", "submit", "validate", "merge") else parts[0]
     assert chain.first_break(chain.windows_of(world.records), before) == window
-
-
-def anchored(told: World) -> World:
-    """The same run, in which validators vouch for the windows of the first cycle when the second opens."""
-    world = told.copy()
-    position = next(i for i, record in enumerate(world.records) if record.subject.endswith(".train.2.opened"))
-    chains = Chains()
-    for record in world.records[:position]:
-        if ".ingress." not in record.subject:
-            chains.extend(record.subject, record.sequence, record.data)
-    anchors = [
-        c.WindowAnchor(window=window, last_sequence=chains.heads[window][0], head=chains.heads[window][1])
-        for window in ("run", *(f"{name}.1" for name in WINDOWS))
-    ]
-    assert len(anchors) == 6
-    for name in VALIDATORS:
-        world.resign(f"train.2.seed.{{v{name}}}", lambda message: message.anchors.extend(anchors), c.SeedCommitted)
-    return world
-
-
-REWRITTEN = [
-    ("run.0.miner.{A}", "run"), ("train.1.closed", "train.1"), ("commit.1.accepted.{A}", "commit.1"),
-    ("submit.1.settled", "submit.1"), ("validate.1.report.{v1}", "validate.1"), ("merge.1.scored", "merge.1"),
-]  # fmt: skip
-
-
-def type_of(subject: str) -> type[Message]:
-    section, _, kind, *_ = subject.split(".")
-    return CATALOGUE[section, kind][0]
-
-
-@pytest.mark.parametrize(("subject", "window"), REWRITTEN)
-def test_a_past_that_was_signed_again_is_found_in_the_log_itself(told: World, subject: str, window: str) -> None:
-    world = anchored(told)
-    step = chain.anchors(world.evidence())
-    assert (step.differences, step.compared, step.note) == ((), 18, "")
-    world.resign(subject, lambda message: None, type_of(subject))
-    step = chain.anchors(world.evidence())
-    assert [(d.check, d.where, d.cycle) for d in step.differences] == [("anchors", window, 2)]
-    assert "vouched for" in step.differences[0].what
-
-
-def test_a_message_that_was_taken_out_of_the_past_is_missed(told: World) -> None:
-    world = anchored(told)
-    del world.records[
-        world.find("commit.1.refused." + world.records[index_of(world, ("commit", "refused"))].subject.split(".")[-1])
-    ]
-    assert [d.where for d in chain.anchors(world.evidence()).differences] == ["commit.1"]
-
-
-def test_one_validator_alone_cannot_make_the_past_look_forged(told: World) -> None:
-    world = anchored(told)
-
-    def lie(message: c.SeedCommitted) -> None:
-        message.anchors[2].head = b"x" * 32
-
-    world.resign("train.2.seed.{v1}", lie, c.SeedCommitted)
-    step = chain.anchors(world.evidence())
-    assert step.differences == ()
-    assert f"{VALIDATORS['1'][:12]}… vouches for another commit.1" in step.note
-
-
-async def test_the_anchors_are_part_of_an_audit(tmp_path: Path) -> None:
-    """Of a run from before heads."""
-    world = anchored(tell(tmp_path, version=2))
-    artifacts = await world.artifacts(tmp_path)
-    quick = Options(model=False, tolerance=0.0)
-    found = audit(world.evidence(), artifacts, quick)
-    assert found.differences == []
-    world.resign("validate.1.report.{v1}", lambda message: setattr(message, "seconds", 99.0), c.ScoreReport)
-    found = audit(world.evidence(), artifacts, quick)
-    assert [(d.check, d.where) for d in found.differences] == [("anchors", "validate.1")]
-    assert against(found, found.windows).differences == found.differences
 
 
 def references(descriptor: Descriptor, path: str, seen: tuple[str, ...] = ()) -> Iterator[str]:

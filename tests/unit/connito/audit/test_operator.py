@@ -176,11 +176,6 @@ async def test_validators_and_aggregator_see_it_too_and_judge_nobody(story: type
     assert {verdict.reward for verdict in scored.verdicts} == {0}
 
 
-@pytest.mark.parametrize("story", [OneLeftOut, OneFriend, EarlyClose])
-async def test_a_run_under_earlier_rules_is_audited_under_those(story: type[Cycle], tmp_path: Path) -> None:
-    assert (await look(tell(tmp_path, story=story, version=2), tmp_path)).differences == []
-
-
 async def test_an_honest_run_breaks_no_rule(told: World, tmp_path: Path) -> None:
     found = await look(told, tmp_path)
     assert found.differences == []
@@ -307,7 +302,7 @@ async def test_who_speaks_of_a_cycle_that_never_was_does_not_frame_the_operator(
 def test_a_head_of_any_number_is_missed_at_once() -> None:
     """All validators of a run, which may be one, can say that they cosigned it."""
     (key, *_) = VALIDATORS.values()
-    story = Run(name=RUN).created(protocol_version=3).validators(key)
+    story = Run(name=RUN).created().validators(key)
     story.say("run", 4_000_000_000, "cosigned", validator=key, signature="nonsense")
     evidence: Any = SimpleNamespace(facts=story.facts)
     missing = heads._missing(evidence)
@@ -320,7 +315,7 @@ def test_a_head_of_any_number_is_missed_at_once() -> None:
 def test_two_histories_are_what_most_validators_say(liars: int, blamed: str) -> None:
     """Not most of those who cosigned this head: others may have skipped it for the next."""
     keys = [*VALIDATORS.values(), MINERS["A"], MINERS["B"]]
-    story = Run(name=RUN).created(protocol_version=3).validators(*keys)
+    story = Run(name=RUN).created().validators(*keys)
     for key in keys[:liars]:
         story.say("run", 1, "cosigned", validator=key, signature="nonsense")
     evidence: Any = SimpleNamespace(facts=story.facts)

@@ -24,7 +24,7 @@ from connito.errors import NotFound, VerificationFailed
 from connito.protocol import bans, progress
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
-from connito.protocol.findings import CHECKED, PROTOCOL_VERSION
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.merging.cycle import Files, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.merging.gate import Losses
@@ -33,7 +33,6 @@ from connito.store import ref_of_bytes
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.v1.envelope_pb2 import Envelope
-from connito.views.sentences import as_recorded
 from connito.wire.checkpoint import Checkpoint, cosignature
 from connito.wire.envelope import seal
 from connito.wire.fact import Fact, Record
@@ -83,7 +82,6 @@ class World(Run):
         super().__init__(TARGET, RUN, now=1_700_000_000_000, step_ms=10)
         self.records: list[Record] = []
         self.objects: dict[str, bytes] = {}
-        self.rules = run_pb2.RunSpec(protocol_version=PROTOCOL_VERSION)
 
     def upload(
         self, data: bytes, realm: artifacts_pb2.Realm.ValueType = REALM_PUBLIC, media_type: str = ""
@@ -94,7 +92,6 @@ class World(Run):
 
     def store(self, subject: str, key: FactKey, message: Message, signer: str) -> Fact:
         """Sign with the key of a role or with one that is given, and keep the record."""
-        as_recorded(message, self.rules)
         stored = super().store(subject, key, message, signer)
         who = next((one for one in _everybody() if one.public == signer), None) or identity(signer)
         data = seal(who, subject, message, now_ms=stored.time_unix_ms).SerializeToString()
@@ -103,8 +100,6 @@ class World(Run):
 
     def head(self) -> None:
         """What the coordinator signs next, and the validators after it; and the committer's receipt."""
-        if self.rules.protocol_version < CHECKED:
-            return
         facts, trees, said = self.evidence().facts, LogTrees(), Tree()
         for record in self.records:
             trees.of(RUN).add(record)
@@ -221,11 +216,10 @@ def spec_of(world: World, rewards: run_pb2.RewardPolicy) -> run_pb2.RunSpec:
         merging=run_pb2.MergePolicy(
             aggregator="mean", outer_learning_rate=0.7, outer_momentum=0.9, gate_general_margin=0.1,
             gate_target_sequences=2, gate_general_sequences=2, report_target_sequences=2, report_general_sequences=2,
-            step_codec="int8" if world.rules.protocol_version > 2 else "",
-            gate_target_margin=0.05 if world.rules.protocol_version > 2 else None,
+            step_codec="int8", gate_target_margin=0.05,
         ),
         windows=run_pb2.WindowPolicy(min_miners=1, min_validators=2),
-        rewards=rewards, protocol_version=world.rules.protocol_version,
+        rewards=rewards, protocol_version=PROTOCOL_VERSION,
     )  # fmt: skip
 
 
@@ -413,13 +407,11 @@ def tell(
     folder: Path,
     rewards: run_pb2.RewardPolicy = REWARDS,
     story: type[Cycle] = Cycle,
-    version: int = PROTOCOL_VERSION,
     scored: str = "",
 ) -> World:
     """The whole run. `scored`: it names a benchmark, whose score comes `before` its expert's deposit, or `after` it."""
     world = World()
     world.folder = folder
-    world.rules.protocol_version = version
     spec = spec_of(world, rewards)
     if scored:
         spec.benchmarks.add(domain="exam", artifact=world.upload(b"an exam", REALM_HOLDOUT))
@@ -447,7 +439,7 @@ def tell(
         cycle.validate(Artifacts(paths))
         published = cycle.merge(folder)
         version, theta = published.version, published.state
-    empty = progress.adapts(world.facts) and not progress.merged_anything(world.facts)
+    empty = not progress.merged_anything(world.facts)
     outcome = run_pb2.RUN_OUTCOME_NO_IMPROVEMENT if empty else run_pb2.RUN_OUTCOME_COMPLETED
     world.ended(outcome, final_version=version)
     world.head()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,9 @@ def test_an_artifact_is_the_same_bytes_and_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.document(1), np.arange(33, 66))
 
 
-def test_sequences_pack_documents_with_separators() -> None:
-    corpus = Corpus.from_documents([[1, 2], [], [3, 4, 5]], {})
-    np.testing.assert_array_equal(corpus.sequences(3, 0), [[1, 2, 0, 0], [3, 4, 5, 0]])
-    assert corpus.sequences(3, 0).dtype == np.int32
-
-
-def test_too_little_text_says_how_much() -> None:
-    with pytest.raises(Invalid, match="has 3 tokens"):
-        Corpus.from_documents([[1, 2, 3]], {"domain": "law"}).sequences(16, 0)
+def test_without_a_separator_documents_have_no_end() -> None:
     with pytest.raises(Invalid, match="separator"):
-        Corpus.from_documents([[1, 2, 3]]).sequences(1)
+        Corpus.from_documents([[1, 2, 3]]).complete()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +62,6 @@ def test_a_mask_comes_back_and_needs_documents_with_their_own_ends() -> None:
     assert again.loss is not None
     assert again.loss.tolist() == [False, True, True, False, True]
     assert again.to_bytes() == corpus.to_bytes()
-    with pytest.raises(Invalid, match="which tokens count"):
-        corpus.sequences(2)
     for metadata, loss in (({}, [True] * 3), (whole, [True] * 2)):
         with pytest.raises(Invalid, match="loss"):
             Corpus.from_masked([([1, 2, 3], loss)], metadata)
@@ -101,7 +90,6 @@ def test_a_separator_that_is_no_token_is_refused(separator: str, tmp_path: Path)
     path = tmp_path / "corpus"
     path.write_bytes(Corpus.from_documents([[1, 2, 3]] * 20, {"domain": "d", "separator": separator}).to_bytes())
     for use in (
-        lambda corpus: corpus.sequences(4),
         lambda corpus: corpus.complete(),
         lambda corpus: corpus.largest,
         lambda corpus: pack(corpus, 4),
@@ -155,6 +143,5 @@ def test_any_corpus_is_read_or_refused(
     with suppress(Invalid):
         corpus = Corpus.load(tensor_bytes(arrays, metadata))
         assert corpus.largest >= -1
-        for read in (corpus.sequences, partial(pack, corpus)):
-            with suppress(Invalid):
-                assert read(2).shape[1] == 3
+        with suppress(Invalid):
+            assert pack(corpus, 2).shape[1] == 3

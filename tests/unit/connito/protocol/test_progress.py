@@ -14,21 +14,13 @@ BROKEN, COPY = reasons_pb2.REASON_RETENTION_BROKEN, reasons_pb2.REASON_COPY
 TRAINING = run_pb2.TrainPolicy(learning_rate=0.008, replay_share=0.2, local_steps=1, batch_sequences=1)
 
 
-def run_of(
-    *cycles: reasons_pb2.Reason.ValueType | None, version: int = 3, of: int = 6, replay: float = 0.2, text: bool = True
-) -> Run:
+def run_of(*cycles: reasons_pb2.Reason.ValueType | None, of: int = 6, replay: float = 0.2, text: bool = True) -> Run:
     """A run whose cycles each refused their one submission for a reason; None is a cycle that merged it."""
     training = run_pb2.TrainPolicy()
     training.CopyFrom(TRAINING)
     training.replay_share = replay
     brought = run_pb2.CorpusRef(domain="general", artifact=ref("a" * 64)) if text else None
-    run = (
-        Run()
-        .created(cycles=of, protocol_version=version, training=training, replay=brought)
-        .selected()
-        .miners("UA")
-        .validators("UV")
-    )
+    run = Run().created(cycles=of, training=training, replay=brought).selected().miners("UA").validators("UV")
     for cycle, reason in enumerate(cycles, start=1):
         run.opened("train", cycle)
         for window in ("train", "commit", "submit", "validate", "merge"):
@@ -64,11 +56,8 @@ def test_a_run_without_replay_takes_it_up_where_it_has_text_for_it() -> None:
     assert [progress.training(run.facts, cycle).replay_share for cycle in (1, 2, 3)] == [0, 0.125, 0.25]
 
 
-@pytest.mark.parametrize(("reasons", "version"), [((COPY, COPY, COPY), 3), ((BROKEN, BROKEN, BROKEN), 2)])
-def test_neither_other_reasons_nor_older_rules_adapt_anything(
-    reasons: tuple[reasons_pb2.Reason.ValueType, ...], version: int
-) -> None:
-    facts = run_of(*reasons, version=version).facts
+def test_other_reasons_adapt_nothing() -> None:
+    facts = run_of(COPY, COPY, COPY).facts
     assert progress.training(facts, 4) == TRAINING
     assert not progress.hopeless(facts)
 
@@ -109,10 +98,6 @@ def test_a_hopeless_run_ends_before_its_last_cycle() -> None:
 
 def test_a_run_that_merged_something_is_completed() -> None:
     assert ending(run_of(None, BROKEN, of=2)).outcome == run_pb2.RUN_OUTCOME_COMPLETED
-
-
-def test_under_older_rules_it_stays_completed() -> None:
-    assert ending(run_of(BROKEN, of=1, version=2)).outcome == run_pb2.RUN_OUTCOME_COMPLETED
 
 
 def test_the_best_expert_of_the_shelf_is_named() -> None:

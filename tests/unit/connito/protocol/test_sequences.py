@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from connito.data.corpus import ENDS, WHOLE, Corpus
+from connito.data.corpus import Corpus
 from connito.data.packing import ROW
 from connito.errors import Invalid
-from connito.protocol.findings import CHECKED
 from connito.protocol.sequences import batches_of, miner_batches, sequences, share_of
 from connito.v1.run_pb2 import RunSpec, TrainPolicy
 from hypothesis import given
@@ -16,9 +15,9 @@ from tests.support.run import Run
 MINERS = ["UA", "UB", "UC"]
 
 
-def spec(steps: int = 3, batch: int = 4, length: int = 15, version: int = 2, replay: float = 0.0) -> RunSpec:
+def spec(steps: int = 3, batch: int = 4, length: int = 15, replay: float = 0.0) -> RunSpec:
     policy = TrainPolicy(local_steps=steps, batch_sequences=batch, sequence_length=length, replay_share=replay)
-    return RunSpec(run="r", training=policy, protocol_version=version)
+    return RunSpec(run="r", training=policy)
 
 
 def numbered(count: int, first: int = 0) -> np.ndarray:
@@ -26,18 +25,11 @@ def numbered(count: int, first: int = 0) -> np.ndarray:
     return np.repeat(np.arange(first, first + count, dtype=np.int32)[:, None], 2, axis=1)
 
 
-def test_older_runs_read_documents_in_a_row_and_newer_ones_apart() -> None:
+def test_documents_are_apart() -> None:
     corpus = Corpus.from_documents([[1, 2], [3, 4, 5]], {"separator": "0"})
-    old, new = (sequences(corpus, spec(length=3, version=version)) for version in (1, 2))
-    assert old.tolist() == [[1, 2, 0, 3]]
-    assert new.dtype == ROW
-    assert new["token"].tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
-
-
-def test_an_older_run_cannot_read_a_mask() -> None:
-    masked = Corpus.from_masked([([1, 2, 3], [False, True, True])], {ENDS: WHOLE})
-    with pytest.raises(Invalid, match="which tokens count"):
-        sequences(masked, spec(length=1, version=1))
+    found = sequences(corpus, spec(length=3))
+    assert found.dtype == ROW
+    assert found["token"].tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
 
 
 @given(
@@ -80,7 +72,7 @@ def test_nobody_knows_the_text_of_a_cycle_before_its_head() -> None:
     """Whoever trained from it a cycle earlier, and committed that, had the miner called a copier."""
 
     def share(head: str, miner: str = "UB") -> list[int]:
-        run = Run(name="r").created(spec(4, 8, 1, version=CHECKED)).selected().miners(*MINERS, "UX")
+        run = Run(name="r").created(spec(4, 8, 1)).selected().miners(*MINERS, "UX")
         run.say("run", 1, "head", checkpoint=head).opened("train", 1, expected=MINERS)
         return miner_batches(run.facts, 1, miner, numbered(200))[..., 0].reshape(-1).tolist()
 

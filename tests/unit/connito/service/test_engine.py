@@ -25,8 +25,10 @@ from connito.wire.subjects import FactKey
 from tests.support.waiting import PATIENCE
 
 
-@pytest.mark.parametrize(("version", "asked"), [(0, 1), (PROTOCOL_VERSION, 1), (PROTOCOL_VERSION + 1, 0)])
-def test_a_run_under_newer_rules_is_left_alone(version: int, asked: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "asked"), [(PROTOCOL_VERSION - 1, 0), (PROTOCOL_VERSION, 1), (PROTOCOL_VERSION + 1, 0)]
+)
+def test_a_run_under_other_rules_is_left_alone(version: int, asked: int) -> None:
     decided = []
 
     def decide(facts: RunFacts, _now_ms: int) -> Decision:

@@ -13,6 +13,7 @@ import pytest
 from connito.bus import Bus, CaughtUp
 from connito.bus.position import PositionedLog
 from connito.errors import Fatal, Invalid, Retry
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.runtime.host import HOST, Host
 from connito.service import engine as engine_module
 from connito.service import pausing
@@ -64,7 +65,7 @@ class Broker:
 
 def created(run: str, sequence: int) -> Record:
     subject = fact(run, "run", 0, "created")
-    message = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run))
+    message = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run, protocol_version=PROTOCOL_VERSION))
     return Record("RUNS", sequence, subject, seal(COORDINATOR, subject, message).SerializeToString(), 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.service.unbegun import Unbegun
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.envelope import seal
@@ -33,7 +34,7 @@ def joined(run: str, sequence: int) -> Record:
 
 
 def created(run: str, sequence: int) -> Record:
-    message = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run, cycles=3))
+    message = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run, cycles=3, protocol_version=PROTOCOL_VERSION))
     return said(COORDINATOR, "RUNS", sequence, fact(run, "run", 0, "created"), message)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from connito.protocol import rules
-from connito.protocol.findings import CHECKED
 from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.views.live import phase
 from connito.views.run_report import outcome
@@ -32,7 +31,8 @@ def test_phases_up_to_the_first_cycle() -> None:
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
     assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
     world.validators("va")
-    world.perform(decide(world.facts, world.now, even))
+    for _ in ("head", "opened"):
+        world.perform(decide(world.facts, world.now, even))
     shown = status(world.facts, world.now, even)
     assert (shown.phase, shown.cycle, shown.window) == (services_pb2.RUN_PHASE_RUNNING, 1, "train")
     assert shown.deadline_unix_ms == world.now + 100_000
@@ -78,7 +78,8 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.selected()
     world.miners("ma", "mb")
     world.validators("va")
-    world.perform(decide(world.facts, world.now, even))
+    for _ in ("head", "opened"):
+        world.perform(decide(world.facts, world.now, even))
     world.now += 100_000 - 1
     assert status(world.facts, world.now, even).phase == services_pb2.RUN_PHASE_RUNNING
     world.now += 1
@@ -113,7 +114,6 @@ def test_a_run_whose_expert_the_library_put_aside_says_so_until_it_is_deposited(
 
 def test_the_deadline_is_the_one_that_a_late_first_message_left() -> None:
     run = Run().created().selected().miners("UA", "UB").validators("UV").opened("train").closed("train")
-    run.facts.require_spec().protocol_version = CHECKED
     announced = run.now + 100_000
     run.opened("commit", deadline_unix_ms=announced)
     window = run.facts.open_window

@@ -10,6 +10,7 @@ import pytest
 from connito.base.description import build_manifest
 from connito.data.corpus import Corpus
 from connito.data.manifest import Manifest
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.v1 import run_pb2
 
 from tests.support.models import one_thread, random_base, save_random
@@ -39,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("base")
     save_random(folder / "model")
     rng = np.random.default_rng(0)
-    spec = run_pb2.RunSpec(run="run-1", domain="letters")
+    spec = run_pb2.RunSpec(run="run-1", domain="letters", protocol_version=PROTOCOL_VERSION)
     spec.base.name = "random"
     spec.base.manifest.digest = "b" * 64
     spec.training.sequence_length = 16

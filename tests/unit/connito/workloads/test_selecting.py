@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from connito.errors import Invalid
 from connito.moe.rows import base_digests, read_rows
@@ -132,16 +133,21 @@ def test_the_signature_is_the_mean_hidden_state_of_what_the_experts_serve(inputs
     import torch
     from connito.base.loading import load_full
     from connito.data.corpus import Corpus
+    from connito.data.packing import pack
     from connito.experts.tape import each_layer
     from connito.library.signature import decode_signature
 
     chosen = run(inputs, tmp_path / "theta")
     vectors = decode_signature(chosen.signature)
     model = load_full(inputs.files)
-    sequences = Corpus.load(inputs.probe).sequences(inputs.spec.training.sequence_length)[:, :-1]
-    seen = each_layer(model, sequences, lambda tape: (tape.inputs, tape.ids), max_tokens=sequences.size)
+    rows = pack(Corpus.load(inputs.probe), inputs.spec.training.sequence_length)[:, :-1]
+    seen = []
+    for row in rows:
+        text = row[row["position"] >= 0]
+        for piece in np.split(text["token"], np.flatnonzero(text["position"] == 0)[1:]):
+            seen.append(each_layer(model, piece[None], lambda tape: (tape.inputs, tape.ids), max_tokens=piece.size))
     for index, experts in chosen.selection.layers.items():
-        states, ids = seen[index]
+        states, ids = (torch.cat([each[index][part] for each in seen]) for part in (0, 1))
         slots = torch.isin(ids, torch.tensor(experts)).sum(dim=1).double()
         expected = (states.double() * slots[:, None]).sum(dim=0) / slots.sum()
         torch.testing.assert_close(torch.tensor(vectors[index]).double(), expected, rtol=1e-4, atol=1e-5)

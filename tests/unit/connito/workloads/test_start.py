@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from connito.data.corpus import Corpus
 from connito.errors import Invalid
 from connito.library.artifact import ExpertHeader, write_expert
 from connito.library.start import Shelved, deposits, notice_of, notices, refusal
@@ -32,7 +31,6 @@ def shelf(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[Shel
     from connito.moe.training import train_local
 
     folder = tmp_path_factory.mktemp("shelf")
-    rows = Corpus.load(inputs.probe).sequences(16)
     rng = np.random.default_rng(1)
     text = rng.integers(97, 123, 64 * 4 * 17).astype(np.int32).reshape(64, 4, 17)
     others = {layer: [e for e in range(8) if e not in experts] for layer, experts in LAYERS.items()}
@@ -40,7 +38,6 @@ def shelf(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[Shel
     base = read_rows(load_full(inputs.files), LAYERS)
     generator = torch.Generator().manual_seed(0)
     noise = {name: row + 0.5 * torch.randn(row.shape, generator=generator) for name, row in base.items()}
-    assert len(rows)
     return [shelved(folder, "letters", trained), shelved(folder, "noise", noise)]
 
 

@@ -254,7 +254,7 @@ def test_the_realm_is_submission(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (SIZE + SIZE_TOLERANCE + 1, reasons_pb2.REASON_OVERSIZED),
+        (locked_bytes(SIZE + SIZE_TOLERANCE) + 1, reasons_pb2.REASON_OVERSIZED),
         (1 << 60, reasons_pb2.REASON_OVERSIZED),
         (SIZE - SIZE_TOLERANCE - 1, reasons_pb2.REASON_WRONG_TENSORS),
         (0, reasons_pb2.REASON_WRONG_TENSORS),
@@ -267,22 +267,20 @@ def test_a_size_that_cannot_be_right_is_refused(ledger: Ledger, size: int, expec
 
 
 @pytest.mark.parametrize(
-    ("version", "key", "content", "good"),
+    ("key", "content", "good"),
     [
-        (3, b"k" * 32, "ab" * 32, True),
-        (3, b"", "", True),
-        (3, b"k" * 31, "ab" * 32, False),
-        (3, b"k" * 32, "", False),
-        (3, b"", "ab" * 32, False),
-        (3, b"k" * 32, "../" * 20, False),
-        (2, b"k" * 32, "ab" * 32, False),
+        (b"k" * 32, "ab" * 32, True),
+        (b"", "", True),
+        (b"k" * 31, "ab" * 32, False),
+        (b"k" * 32, "", False),
+        (b"", "ab" * 32, False),
+        (b"k" * 32, "../" * 20, False),
     ],
 )
-def test_a_key_is_one_and_belongs_to_runs_whose_uploads_are_locked(
-    ledger: Ledger, version: int, key: bytes, content: str, good: bool
+def test_a_key_is_one_and_has_the_hash_of_what_it_opens_beside_it(
+    ledger: Ledger, key: bytes, content: str, good: bool
 ) -> None:
     to_submit(ledger)
-    ledger.facts.require_spec().protocol_version = version
     made = artifact("ma", 1)
     made.key, made.content = key, content
     answer = reveal(ledger, ledger.reveal("ma", 1, made))
@@ -297,8 +295,6 @@ def test_a_locked_upload_has_room_for_its_lock(ledger: Ledger) -> None:
     ledger.miners("mc")
     to_submit(ledger, miners=("ma", "mb", "mc"))
     largest = locked_bytes(SIZE + SIZE_TOLERANCE)
-    assert reason(reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, largest)))) == reasons_pb2.REASON_OVERSIZED
-    ledger.facts.require_spec().protocol_version = 3
     fits = reveal(ledger, ledger.reveal("mb", 1, artifact("mb", 1, largest)))
     assert isinstance(fits, cycle_pb2.RevealAccepted)
     over = reveal(ledger, ledger.reveal("mc", 1, artifact("mc", 1, largest + 1)))
@@ -317,7 +313,7 @@ def test_what_is_claimed_of_many_experts_has_room(ledger: Ledger, weighting: str
     assert len(claim) > SIZE_TOLERANCE
     judged = reveal(ledger, ledger.reveal("ma", 1, artifact("ma", 1, SIZE + len(claim))))
     assert isinstance(judged, cycle_pb2.RevealAccepted) is fits
-    more = artifact("mb", 1, SIZE + len(claim) + SIZE_TOLERANCE + 1)
+    more = artifact("mb", 1, locked_bytes(SIZE + len(claim) + SIZE_TOLERANCE) + 1)
     assert reason(reveal(ledger, ledger.reveal("mb", 1, more))) == reasons_pb2.REASON_OVERSIZED
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from connito.bus import offences
 from connito.errors import Invalid
-from connito.protocol.findings import CHECKED
 from connito.protocol.quota import LETTERS_PER_KEY
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.checkpoint import Checkpoint
@@ -143,7 +142,7 @@ def test_bytes_that_somebody_put_on_a_miners_subject_are_not_held_against_it(kno
 
 
 def test_a_receipt_is_due_for_what_none_covers_and_is_over_every_message_in_order(known: State) -> None:
-    known.runs[RUN] = Run().created(protocol_version=CHECKED).facts
+    known.runs[RUN] = Run().created().facts
     facts, heard = known.runs[RUN], known.heard[RUN]
     assert decide(facts, heard).actions == []
     records = [said(LOUD, 1), said(QUIET, 2, data=b"junk"), said(QUIET, 4)]

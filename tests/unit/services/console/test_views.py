@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
+from connito.protocol.quorum import OVERDUE_MS
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views import words
 from connito.views.run_report import miner_name
@@ -51,8 +52,8 @@ def test_an_open_window_counts_down_and_an_overdue_one_is_stale(story: Run) -> N
     assert head.window == "validate"
     assert head.deadline_unix_ms > story.now
     assert head.stale == ""
-    assert "validate" in views.head(story.facts, head.deadline_unix_ms + views.OVERDUE_MS + 1, even).stale
-    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + views.OVERDUE_MS + 1, even)[0].head.stale
+    assert "validate" in views.head(story.facts, head.deadline_unix_ms + OVERDUE_MS + 1, even).stale
+    assert views.run_rows({RUN: story.facts}, head.deadline_unix_ms + OVERDUE_MS + 1, even)[0].head.stale
 
 
 def test_an_ended_run_waits_for_nothing(story: Run) -> None:

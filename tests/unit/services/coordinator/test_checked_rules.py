@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from connito.protocol import rules
-from connito.protocol.findings import CHECKED
 from connito.protocol.quorum import pause
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
@@ -18,13 +17,7 @@ VALIDATORS = ("va", "vb", "vc")
 
 def world(min_validators: int = 1) -> World:
     """Assembled, with three validators."""
-    return (
-        World(min_validators=min_validators)
-        .created(protocol_version=CHECKED)
-        .selected()
-        .miners("ma")
-        .validators(*VALIDATORS)
-    )
+    return World(min_validators=min_validators).created().selected().miners("ma").validators(*VALIDATORS)
 
 
 def step(told: World) -> object:
@@ -204,7 +197,7 @@ def test_who_closes_sooner_though_nobody_was_heard_breaks_a_rule() -> None:
 
 def submitting(*miners: str) -> World:
     """Up to the opening of submit, whose deadline is less than the ceiling."""
-    told = World().created(protocol_version=CHECKED).selected().miners(*miners).validators(*VALIDATORS)
+    told = World().created().selected().miners(*miners).validators(*VALIDATORS)
     step(told)
     step(told)
     for miner in miners:

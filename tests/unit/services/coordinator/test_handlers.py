@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from connito.protocol.beacon import draw_seed
-from connito.protocol.findings import CHECKED
+from connito.protocol.rules import deadline_ms
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.wire.facts import RunFacts
@@ -14,7 +14,7 @@ from connito.wire.window import Window
 
 from services.coordinator import expected
 from services.coordinator.deadlines import window_ms
-from services.coordinator.handlers import CloseWindow, PublishFact, decide
+from services.coordinator.handlers import CloseWindow, PublishFact, WriteHead, decide
 from tests.support.run import RUN, Run, even, secret_of, theta
 from tests.unit.services.coordinator.world import World
 
@@ -33,7 +33,16 @@ def step(world: World) -> PublishFact | CloseWindow:
     return only(decision)
 
 
+def headed(world: World) -> None:
+    """The log so far is signed."""
+    decision = decide(world.facts, world.now, even)
+    assert [action.payload for action in decision.actions] == [WriteHead(world.facts.next_head)]
+    world.perform(decision)
+
+
 def opened(world: World, window: str, cycle: int) -> cycle_pb2.WindowOpened:
+    if window == "train":
+        headed(world)
     action = step(world)
     assert isinstance(action, PublishFact)
     assert (action.section, action.cycle, action.kind) == (window, cycle, "opened")
@@ -122,6 +131,7 @@ def test_a_failed_selection_ends_the_run_with_its_reason() -> None:
         reason=reasons_pb2.REASON_BAD_SPEC,
         detail="no expert reaches it",
     )
+    headed(world)
     assert nothing(world) is None
 
 
@@ -180,10 +190,10 @@ def test_train_closes_when_every_miner_trained_and_every_validator_committed_a_s
 
 def test_train_closes_at_the_deadline_without_the_absent() -> None:
     world = World()
-    world.created().selected().miners("ma", "mb").validators("va", "vb")
+    world.created().selected().miners("ma", "mb").validators("va", "vb", "vc")
     deadline = opened(world, "train", 1).deadline_unix_ms
     world.trained("ma", 1)
-    world.seed_committed("va", 1)
+    world.seed_committed("va", 1).seed_committed("vb", 1)
     world.now = deadline - 1
     assert nothing(world) == deadline
     world.now = deadline
@@ -302,7 +312,7 @@ def test_the_seed_is_drawn_from_all_reveals_and_reports_close_the_window(world: 
     assert world.facts.window("validate", 1).closed.stream == "VALIDATE"  # type: ignore[union-attr]
 
 
-def quorum_of_one(validators: int = 2) -> World:
+def quorum_of_one(validators: int) -> World:
     world = World(min_miners=1, min_validators=1)
     world.created()
     world.selected()
@@ -316,28 +326,28 @@ def quorum_of_one(validators: int = 2) -> World:
 
 
 def test_half_way_the_seed_is_drawn_without_the_silent() -> None:
-    world = quorum_of_one()
+    world = quorum_of_one(validators=3)
     start = world.facts.window("validate", 1).opened_fact
     assert start is not None
     assert isinstance(start.message, cycle_pb2.WindowOpened)
-    world.seed_revealed("v0", 1)
+    world.seed_revealed("v0", 1).seed_revealed("v1", 1)
     half = start.time_unix_ms + (start.message.deadline_unix_ms - start.time_unix_ms) // 2
     assert nothing(world) == half
     world.now = half
     action = step(world)
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, cycle_pb2.SeedDrawn)
-    assert (list(action.message.validators), list(action.message.omitted)) == (["v0"], ["v1"])
+    assert (list(action.message.validators), list(action.message.omitted)) == (["v0", "v1"], ["v2"])
 
 
 def test_a_reveal_that_was_not_committed_to_is_left_out() -> None:
-    world = quorum_of_one()
-    world.seed_revealed("v0", 1)
-    world.seed_revealed("v1", 1, b"x" * 32)
+    world = quorum_of_one(validators=3)
+    world.seed_revealed("v0", 1).seed_revealed("v1", 1)
+    world.seed_revealed("v2", 1, b"x" * 32)
     action = step(world)
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, cycle_pb2.SeedDrawn)
-    assert (list(action.message.validators), list(action.message.omitted)) == (["v0"], ["v1"])
+    assert (list(action.message.validators), list(action.message.omitted)) == (["v0", "v1"], ["v2"])
 
 
 def test_a_seed_committed_after_the_reveals_began_cannot_enter_the_draw() -> None:
@@ -357,7 +367,7 @@ def test_below_quorum_the_window_closes_at_the_deadline_without_a_draw(world: Wo
     to_window(world, "validate", 1)
     world = fresh_at(world, "validate")
     world.seed_revealed("va", 1)
-    deadline = world.facts.window("validate", 1).opened.deadline_unix_ms  # type: ignore[union-attr]
+    deadline = deadline_ms(world.facts, world.facts.window("validate", 1))
     world.now = deadline - 1
     assert nothing(world) == deadline
     world.now = deadline
@@ -407,6 +417,7 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
     assert isinstance(action.message, run_pb2.RunEnded)
     assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
     assert action.message.detail == "all 2 cycles done"
+    headed(world)
     assert nothing(world) is None
 
 
@@ -437,6 +448,7 @@ def test_a_run_ends_when_its_objective_is_met() -> None:
 def test_a_cancelled_run_is_left_alone(world: World) -> None:
     opened(world, "train", 1)
     world.ended(run_pb2.RUN_OUTCOME_CANCELLED)
+    headed(world)
     world.now += 10**9
     assert nothing(world) is None
 
@@ -533,10 +545,10 @@ def test_a_secret_whose_commitment_was_not_read_yet_is_not_left_out_of_the_draw(
 
 
 def test_a_newcomer_is_one_whom_no_cycle_named_without_a_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, looked = Run().created(protocol_version=CHECKED, windows={"min_validators": 1}), list[int]()
+    run, looked = Run().created(windows={"min_validators": 1}), list[int]()
     run.selected().miners("a", "b").validators("v")
     for cycle in range(1, 41):
-        run.say("run", cycle, "head").opened("train", cycle, ["a", "v"] if cycle > 1 else ["a", "b", "v"])
+        run.opened("train", cycle, ["a", "v"] if cycle > 1 else ["a", "b", "v"])
         run.closed("commit", cycle).settled("commit", cycle, committed=["a"])
         if cycle == 40:
             run.miners("late")

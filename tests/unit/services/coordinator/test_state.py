@@ -105,7 +105,7 @@ def test_a_run_without_heads_has_nothing_to_be_signed(roster: Roster) -> None:
 
 def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> None:
     world = World(min_miners=2)
-    world.created().selected().miners("ma").validators("va").opened("train", deadline_unix_ms=5_000)
+    world.created().selected().miners("ma").validators("va").opened("train", deadline_unix_ms=1_005_000)
     state = State(roster)
     state.runs[RUN] = world.facts
     state._windows.notice(world.facts)
@@ -114,13 +114,13 @@ def test_a_paused_run_is_not_overdue_and_says_that_it_waits(roster: Roster) -> N
         labels = {"run": RUN} if name == "run_paused" else {"window": "train"}
         return REGISTRY.get_sample_value(f"connito_{name}", labels)
 
-    assert shown("window_deadline_timestamp_seconds") == 5
+    assert shown("window_deadline_timestamp_seconds") == 1005
     for _ in range(2):
         state.paused(RUN, present(world.facts, 1, even))
         assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (1, 0)
     for _ in range(2):
         state.paused(RUN, None)
-        assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (None, 5)
+        assert (shown("run_paused"), shown("window_deadline_timestamp_seconds")) == (None, 1005)
 
 
 def test_what_miners_commit_to_is_not_even_opened_here_and_counts_as_read(roster: Roster) -> None:

@@ -44,7 +44,8 @@ class World(Run):
                 case PublishFact(section, cycle, kind, message):
                     self.publish(section, cycle, kind, message)
                 case WriteHead(number):
-                    self.publish("run", number, "head", run_pb2.LogHead(run=self.name, cycle=number))
+                    cuts = [run_pb2.StreamCut(stream=one, last_sequence=last) for one, last in self.sequences.items()]
+                    self.publish("run", number, "head", run_pb2.LogHead(run=self.name, cycle=number, cuts=cuts))
                 case CloseWindow(window, cycle, stream, cause):
                     message = cycle_pb2.WindowClosed(
                         run=self.name,
@@ -58,4 +59,4 @@ class World(Run):
 
     def merged(self, cycle: int = 1, **fields: Any) -> Self:
         loss = cycle_pb2.DomainLoss(domain="medical", before=3.0, after=2.4, tokens=64)
-        return super().merged(cycle, gate_losses=[loss], **fields)
+        return super().merged(cycle, gate_losses=[loss], merged=self.facts.miners, **fields)

@@ -9,7 +9,7 @@ from connito.v1.run_pb2 import RunSpec
 
 from services.selector.handlers import Select, Settled, decide
 
-SPEC = RunSpec(run="medical")
+SPEC = RunSpec(run="medical", protocol_version=PROTOCOL_VERSION)
 
 
 def test_a_run_without_a_selection_needs_one() -> None:

@@ -12,6 +12,7 @@ import pytest
 import structlog
 from connito.data.corpus import Corpus
 from connito.errors import Retry
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.protocol.policy.law import DEFAULTS
 from connito.runtime.waiting import here_and_now
 from connito.v1 import reasons_pb2, run_pb2
@@ -72,6 +73,7 @@ def text(separator: str = "256", token: int = 7, documents: int = 400) -> bytes:
 def spec_of(world: World, manifest: bytes | None = None, **corpora: bytes) -> run_pb2.RunSpec:
     spec = run_pb2.RunSpec()
     spec.CopyFrom(DEFAULTS)
+    spec.protocol_version = PROTOCOL_VERSION
     spec.run = spec.domain = spec.holdout.domain = spec.probe.domain = spec.train.domain = "d"
     sound = json.dumps({"version": 1, "name": "n", "extra": {}, "files": [], "tensors": []}).encode()
     spec.base.manifest.CopyFrom(world.put(sound if manifest is None else manifest))

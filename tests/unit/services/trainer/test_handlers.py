@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from connito.protocol.findings import CHECKED
 from connito.service.engine import Decision
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
@@ -244,8 +243,7 @@ def test_without_anything_said_no_receipt_is_looked_for(story: Run) -> None:
 
 
 def test_a_miner_that_waits_for_a_missing_head_says_so_once(story: Run) -> None:
-    story.facts.require_spec().protocol_version = CHECKED
-    story.opened("train")
+    story.opened("train").drop("run", 1, "head")
     assert steps(story) == []
     window = story.facts.window("train", 1).opened_fact
     assert window is not None
@@ -257,5 +255,5 @@ def test_a_miner_that_waits_for_a_missing_head_says_so_once(story: Run) -> None:
     told = {1: replace(CycleProgress(1, ME), told=(action.payload.name,))}
     assert without_head(story.facts, ME, told, late) == Decision()
     assert without_head(story.facts, "USTRANGER", {}, late) == Decision()
-    story.facts.require_spec().protocol_version = 0
+    story.headed()
     assert without_head(story.facts, ME, {}, late) == Decision()

@@ -78,11 +78,9 @@ class Action:
     run: str = RUN
 
 
-@pytest.mark.parametrize("version", [3, 2])
-async def test_the_key_is_told_by_the_reveal_alone(story: Run, tmp_path: Path, version: int) -> None:
+async def test_the_key_is_told_by_the_reveal_alone(story: Run, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"state")
     state = ref_of_file(tmp_path / "state", "", REALM_PUBLIC)
-    story.facts.require_spec().protocol_version = version
     story.facts.require_selection().initial_state.CopyFrom(state)
     story.opened("train", state=state)
     world = World(tmp_path, story.facts)
@@ -95,9 +93,10 @@ async def test_the_key_is_told_by_the_reveal_alone(story: Run, tmp_path: Path, v
     assert not asked.artifact.content
     (tmp_path / "upload").write_bytes(upload)
     assert ref_of_file(tmp_path / "upload", "", REALM_PUBLIC).digest == told.digest
-    assert (ROWS[:32] in upload) == (version == 2) == (not told.key)
+    assert told.key
+    assert ROWS[:32] not in upload
     assert unlocked(tmp_path / "upload", told, tmp_path).read_bytes() == ROWS
-    assert version == 2 or all(told.key not in said.SerializeToString() for said in (commitment, *world.asked))
+    assert all(told.key not in said.SerializeToString() for said in (commitment, *world.asked))
 
 
 async def test_work_that_is_made_again_has_the_same_upload_and_other_work_another_key(
@@ -105,7 +104,6 @@ async def test_work_that_is_made_again_has_the_same_upload_and_other_work_anothe
 ) -> None:
     (tmp_path / "state").write_bytes(b"state")
     state = ref_of_file(tmp_path / "state", "", REALM_PUBLIC)
-    story.facts.require_spec().protocol_version = 3
     story.facts.require_selection().initial_state.CopyFrom(state)
     story.opened("train", state=state)
     seen = []

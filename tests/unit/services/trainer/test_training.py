@@ -55,7 +55,8 @@ def test_a_miner_holds_the_best_that_its_memory_allows_and_loads_that(random_bas
     device, targets, helpers = torch.device("cpu"), {1: [1, 6]}, {1: [0]}
     predict = predictor(base.config(), targets, helpers)
     needs = {
-        residency: predict(Workload(2, 16, residency=residency)).total for residency in ("all", "four-bit", "helpers")
+        residency: predict(Workload(2, 16, residency=residency, packed=True)).total
+        for residency in ("all", "four-bit", "helpers")
     }
     for given, memory, chosen in (
         ("auto", needs["all"], "all"),

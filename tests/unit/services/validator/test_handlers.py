@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Container
 
 import pytest
-from connito.protocol.findings import CHECKED
 from connito.v1 import cycle_pb2 as c
 from connito.v1.cycle_pb2 import SeedDrawn
 from connito.wire.facts import RunFacts
@@ -28,14 +27,25 @@ def steps(story: Run, loaded: Container[str] = (RUN,)) -> list[object]:
 
 
 def in_run() -> Run:
-    return Run().created().validators(ME, OTHER).selected()
+    """Selected, with the first head cosigned."""
+    return Run().created().validators(ME, OTHER).selected().headed().say("run", 1, "cosigned", validator=ME)
+
+
+def trained(**mine: bytes) -> Run:
+    """Up to the end of training, with two validators that committed to a secret."""
+    return in_run().opened("train").seed_committed(**mine).seed_committed(OTHER).closed("train")  # type: ignore[arg-type]
 
 
 def scoring() -> Run:
     """Up to the draw, with two validators that revealed."""
-    story = in_run().opened("train").seed_committed().seed_committed(OTHER).closed("train")
+    story = trained().closed("commit").closed("submit")
     story.opened("validate").settled("submit", submissions=[]).seed_revealed().seed_revealed(OTHER)
     return story.drawn(ME, OTHER)
+
+
+def settled(**mine: bytes) -> Run:
+    """Up to the end of submitting."""
+    return trained(**mine).settled("submit", submissions=[])
 
 
 def test_joins_every_run_once() -> None:
@@ -60,7 +70,7 @@ def test_commits_a_seed_in_the_train_window_only() -> None:
 
 
 def test_reveals_only_after_submissions_are_settled_and_validate_opened() -> None:
-    story = in_run().opened("train").seed_committed().closed("train")
+    story = trained()
     assert steps(story) == []
     assert steps(story.opened("validate")) == []
     assert steps(story.settled("submit", submissions=[])) == [RevealSeed(1)]
@@ -69,29 +79,22 @@ def test_reveals_only_after_submissions_are_settled_and_validate_opened() -> Non
 
 @pytest.mark.parametrize("missing", ["opened", "settled"])
 def test_one_of_the_two_is_not_enough(missing: str) -> None:
-    story = in_run().opened("train").seed_committed().closed("train")
+    story = trained()
     story = story.settled("submit", submissions=[]) if missing == "opened" else story.opened("validate")
     assert steps(story) == []
 
 
 def test_does_not_reveal_after_the_draw_nor_when_not_expected_nor_what_it_did_not_commit_to() -> None:
-    story = in_run().opened("train").seed_committed().closed("train").settled("submit", submissions=[])
-    assert steps(story.opened("validate", expected=[OTHER])) == []
-    late = (
-        in_run().opened("train").seed_committed().closed("train").settled("submit", submissions=[]).opened("validate")
-    )
-    assert steps(late.drawn(OTHER)) == []
-    foreign = (
-        in_run().opened("train").seed_committed(secret=b"x" * 32).closed("train").settled("submit", submissions=[])
-    )
-    assert steps(foreign.opened("validate")) == []
+    assert not any(isinstance(step, RevealSeed) for step in steps(settled().opened("validate", expected=[OTHER])))
+    assert not any(isinstance(step, RevealSeed) for step in steps(settled().opened("validate").drawn(OTHER)))
+    assert objection(settled(secret=b"x" * 32).opened("validate")) == c.FINDING_KIND_RULE_HISTORY
 
 
 def test_scores_when_drawn_and_reports_once() -> None:
     assert steps(scoring()) == [Score(1)]
     assert steps(scoring().reported()) == []
     assert steps(scoring().reported(OTHER)) == [Score(1)]
-    assert steps(scoring().closed("validate")) == []
+    assert steps(scoring().closed("validate", cause=c.CLOSE_CAUSE_DEADLINE)) == []
 
 
 def test_the_omitted_do_not_score() -> None:
@@ -107,12 +110,10 @@ def test_the_omitted_do_not_score() -> None:
 
 
 def test_waits_for_the_commitments_that_the_draw_is_checked_against() -> None:
-    story = (
-        in_run().opened("train").seed_committed().closed("train").opened("validate").settled("submit", submissions=[])
-    )
-    story.seed_revealed().seed_revealed(OTHER).drawn(ME, OTHER)
+    story = in_run().opened("train").seed_committed().closed("commit").closed("submit").opened("validate")
+    story.settled("submit", submissions=[]).seed_revealed().seed_revealed(OTHER).drawn(ME, OTHER)
     assert steps(story) == []
-    assert steps(story.seed_committed(OTHER)) == [Score(1)]
+    assert steps(story.seed_committed(OTHER).closed("train")) == [Score(1)]
 
 
 def objection(story: Run) -> int:
@@ -122,10 +123,9 @@ def objection(story: Run) -> int:
 
 
 def test_a_wrong_seed_is_refused() -> None:
-    story = scoring().put(
-        "validate", 1, "drawn", SeedDrawn(run=RUN, cycle=1, seed=b"\x01" * 32, validators=[ME, OTHER])
-    )
-    assert objection(story) == c.FINDING_KIND_RULE_SEED
+    story = scoring()
+    drawn = SeedDrawn(run=RUN, cycle=1, seed=b"\x01" * 32, validators=[ME, OTHER], last_sequence=story.last("VALIDATE"))
+    assert objection(story.put("validate", 1, "drawn", drawn)) == c.FINDING_KIND_RULE_SEED
 
 
 def test_a_seed_drawn_over_fewer_than_it_names_is_refused() -> None:
@@ -141,7 +141,7 @@ def test_a_reveal_that_opens_another_commitment_is_refused() -> None:
 
 
 def test_a_draw_of_nobody_is_refused() -> None:
-    story = in_run().opened("train").seed_committed().closed("train").opened("validate", expected=[ME])
+    story = trained().opened("validate")
     assert objection(story.drawn(seed=b"\x02" * 32)) == c.FINDING_KIND_RULE_SEED
 
 
@@ -150,6 +150,8 @@ _TELLING = (
     lambda story: story.seed_committed(),
     lambda story: story.seed_committed(OTHER),
     lambda story: story.closed("train"),
+    lambda story: story.closed("commit"),
+    lambda story: story.closed("submit"),
     lambda story: story.settled("submit", submissions=[]),
     lambda story: story.opened("validate"),
     lambda story: story.seed_revealed(),
@@ -157,7 +159,7 @@ _TELLING = (
     lambda story: story.drawn(ME, OTHER),
 )
 
-_STREAMS = {"TRAIN": (0, 1, 2, 3), "SUBMIT": (4,), "VALIDATE": (5, 6, 7, 8)}
+_STREAMS = {"TRAIN": (0, 1, 2, 3), "COMMIT": (4,), "SUBMIT": (5, 6), "VALIDATE": (7, 8, 9, 10)}
 
 
 @settings(deadline=None, max_examples=150)
@@ -170,17 +172,17 @@ def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(streams: l
         known = set(order[: position + 1])
         for step in steps(story):
             if isinstance(step, RevealSeed):
-                assert {0, 1, 4, 5} <= known, "the seed was revealed while submissions could still change"
-                assert not {6, 8} & known
+                assert {0, 1, 6, 7} <= known, "the seed was revealed while submissions could still change"
+                assert not {8, 10} & known
             if isinstance(step, Score):
-                assert {0, 1, 2, 4, 8} <= known
+                assert {*range(8), 10} <= known
             if isinstance(step, CommitSeed):
                 assert not {1, 3} & known
     assert steps(story) == [Score(1)]
 
 
 def test_keys_are_unique_per_run_cycle_and_step() -> None:
-    stories = [in_run().opened("train"), scoring(), in_run().opened("train").closed("train").opened("train", 2)]
+    stories = [in_run().opened("train"), scoring(), trained().scored().opened("train", 2)]
     keys = [[action.key for action in decide(s.facts, ME, my_secret, (), even).actions] for s in stories]
     flat = list(itertools.chain(*keys))
     assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)
@@ -188,7 +190,7 @@ def test_keys_are_unique_per_run_cycle_and_step() -> None:
 
 def checked_run(head: str = "first") -> Run:
     """As an operator may show it twice: the same first message, and another head behind it."""
-    story = Run().created(protocol_version=CHECKED).validators(ME, OTHER).selected()
+    story = Run().created().validators(ME, OTHER).selected()
     return story.say("run", 1, "head", checkpoint=head).say("run", 1, "cosigned", validator=ME)
 
 

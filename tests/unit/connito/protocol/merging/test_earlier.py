@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from connito.protocol.findings import COPIES_BY_FUNCTION
 from connito.protocol.merging.earlier import MOST, earlier_works
 from connito.protocol.scoring.copies import REMEMBERED_CYCLES
 from connito.v1 import cycle_pb2, run_pb2
@@ -13,12 +12,10 @@ from tests.support.run import Run, ref, theta
 MERGED, REJECTED = cycle_pb2.VERDICT_STATUS_MERGED, cycle_pb2.VERDICT_STATUS_REJECTED
 
 
-def run_of(cycles: int, miners: int = 3, *, version: int = COPIES_BY_FUNCTION, kept: int = 0) -> Run:
+def run_of(cycles: int, miners: int = 3, *, kept: int = 0) -> Run:
     """Cycles in which M0 earned most, and the last miner's work was refused; M1's of each came from the one before."""
     run = Run()
-    run.created(
-        run.spec(cycles=100, protocol_version=version, retention=run_pb2.RetentionPolicy(cycles=kept))
-    ).selected()
+    run.created(run.spec(cycles=100, retention=run_pb2.RetentionPolicy(cycles=kept))).selected()
     for cycle in range(1, cycles + 1):
         entries = [
             cycle_pb2.Submission(
@@ -48,10 +45,6 @@ def test_the_last_cycles_come_first_and_the_best_paid_in_each() -> None:
     run = run_of(3)
     assert names(run, 1) == []
     assert names(run, 3) == [(2, "M0"), (2, "M1"), (1, "M0"), (1, "M1")]
-
-
-def test_older_rules_look_back_at_nothing() -> None:
-    assert names(run_of(3, version=COPIES_BY_FUNCTION - 1), 3) == []
 
 
 @pytest.mark.parametrize(("cycles", "miners", "expected"), [(40, 3, 2 * REMEMBERED_CYCLES), (3, 50, MOST)])

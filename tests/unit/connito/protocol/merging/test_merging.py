@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from connito.data.tensors import read_header, read_tensors
 from connito.protocol.coding import encode
-from connito.protocol.findings import COPIES_BY_FUNCTION, Refusal
+from connito.protocol.findings import Refusal
 from connito.protocol.merging.cycle import Files, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
@@ -123,7 +123,6 @@ def test_the_mean_of_good_work_is_published(desk: Desk) -> None:
 
 def test_works_of_earlier_cycles_are_unlocked_and_compared(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of both cycles, each from the state that it began from, reach the judgement, and what it finds is refused."""
-    desk.stage.facts.require_spec().protocol_version = COPIES_BY_FUNCTION
     for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1]))):
         desk.submit(miner, value, 0.2)
     before, began, locked = desk.folder / "before", desk.folder / "began", desk.folder / "locked"
@@ -153,7 +152,6 @@ def test_works_of_earlier_cycles_are_unlocked_and_compared(desk: Desk, monkeypat
 def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    desk.stage.facts.require_spec().protocol_version = COPIES_BY_FUNCTION
     training = desk.stage.facts.require_spec().training
     training.codec = codec
     for miner, value in (("MA", START + 0.5), ("MB", row([0.9, 0.5, 0.1])), ("MC", START)):
@@ -175,21 +173,19 @@ def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "value", "merged"),
+    ("kind", "value", "merged"),
     [
-        (3, cycle_pb2.FINDING_KIND_NO_GAIN, [-1.0, 2.4, 2.4], ["MA", "MB"]),
-        (3, cycle_pb2.FINDING_KIND_NO_GAIN, [-9.0, 9.0, -9.0], ["MA"]),
-        (3, cycle_pb2.FINDING_KIND_FALSE_CLAIM, [-1.0, 2.4, 2.4], ["MA"]),
-        (3, cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE, [-1.0, 2.4, 2.4], ["MA"]),
-        (2, cycle_pb2.FINDING_KIND_NO_GAIN, [-1.0, 2.4, 2.4], ["MA"]),
+        (cycle_pb2.FINDING_KIND_NO_GAIN, [-1.0, 2.4, 2.4], ["MA", "MB"]),
+        (cycle_pb2.FINDING_KIND_NO_GAIN, [-9.0, 9.0, -9.0], ["MA"]),
+        (cycle_pb2.FINDING_KIND_FALSE_CLAIM, [-1.0, 2.4, 2.4], ["MA"]),
+        (cycle_pb2.FINDING_KIND_GENERAL_LOSS_ROSE, [-1.0, 2.4, 2.4], ["MA"]),
     ],
 )
 def test_work_that_gains_with_others_alone_is_merged_with_them_and_not_paid(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, version: int, kind: int, value: list[float], merged: list[str]
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, kind: int, value: list[float], merged: list[str]
 ) -> None:
     """Alone MB ends farther from the goal; half-way between MA and MB is nearest, or farther too where MB only harms."""
     facts, report = desk.stage.facts, desk.stage.report
-    facts.require_spec().protocol_version = version
     facts.require_selection().layers.add(layer=0, experts=[0, 1], use=[0.5, 0.5])
     desk.submit("MA", row([1.6, 0.2, 0.2]), 0.2)
     desk.submit("MB", row(value), 0.0)
