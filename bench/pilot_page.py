@@ -98,19 +98,19 @@ def _what(method: str) -> str:
 
 def _claims(found: Mapping[str, Any], bases: Sequence[str]) -> str:
     said = []
-    for base in bases:
-        kept, general = found.get(f"{base}: kept of central"), found.get(f"{base}, miners: general")
+    for base, by in ((base, by) for base in bases for by in ("", " by Muon")):
+        kept, general = found.get(f"{base}: kept of central{by}"), found.get(f"{base}, miners{by}: general")
         if kept is None or general is None:
             continue
-        whole = kept[3] > 1
-        interval = f" ({100 * kept[1]:.0f} to {100 * kept[2]:.0f})" if whole else ""
+        interval = f" ({100 * kept[1]:.0f} to {100 * kept[2]:.0f})" if kept[3] > 1 else f" ({kept[3]} seed)"
+        steps = " with steps of Muon" if by else ""
         said.append(
-            f"On the {base} base miners keep {100 * kept[0]:.0f} %{interval} of what one machine gains at the same rate."
+            f"On the {base} base miners{steps} keep {100 * kept[0]:.0f} %{interval} of what one machine gains at the same rate."
         )
         said.append(
-            f"The loss of sums fell in {100 * found[f'{base}, miners: cycles in which it fell']:.0f} % of the cycles."
+            f"The loss of sums fell in {100 * found[f'{base}, miners{by}: cycles in which it fell']:.0f} % of the cycles."
         )
-        if whole:
+        if general[3] > 1:
             change = "cannot be told from unchanged" if general[1] <= 0 else "loses"
             said.append(f"General text {change}.")
     return " ".join(said)
