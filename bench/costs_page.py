@@ -63,7 +63,7 @@ bits, one sequence of 2048 tokens, five targets a layer (ten of Qwen3-30B-A3B), 
 {table(("model", "predicted, GB", "measured peak, GB", "apart", "tokens a second"), rows)}
 Transformers alone, with whole banks trained by torch's AdamW: {alone}. On a small mixture {speeds} tokens a second. In float32
 the training models of {len(parity)} families are at most {logits:.0e} (logits) and {gradients:.0e}
-(targets' gradients) from transformers' own, relative to the largest. [Every number](../evidence/gpu.json).
+(targets' gradients) from transformers' own, relative to the largest. [Every number](../evidence/gpu_check.json).
 """
 
 

@@ -124,10 +124,11 @@ def ran(document: Document) -> str:
 
 
 def _gpus(document: Document) -> str:
-    names = [row["gpu"] for row in document["rows"] if row.get("gpu")]
+    rows = document.get("rows", ())
+    names = [row["gpu"] for row in rows if row.get("gpu")]
     if not names:
         return "no GPU"
-    return f"for {len(names)} of {len(document['rows'])} measurements an {' and an '.join(sorted(set(names)))}"
+    return f"for {len(names)} of {len(rows)} measurements an {' and an '.join(sorted(set(names)))}"
 
 
 _HEAD = """# What the model side keeps, measured

@@ -230,7 +230,7 @@ def main() -> int:
     found = {part: run_part(part, arguments.device, seconds) for part, seconds in PARTS.items()}
     gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "none"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gpu.json"
+    path = arguments.out / "gpu_check.json"
     path.write_text(json.dumps({**machine(), "gpu": gpu, "torch": torch.__version__, **found}, indent=1) + "\n")
     print(f"written to {path}")
     failed = {part: row["failed"] for part, rows in found.items() for row in (rows, *rows["rows"]) if "failed" in row}

@@ -33,7 +33,7 @@ def _part(path: Path, name: str, render: Callable[[str, Document], str]) -> Page
 EVERY = (
     Page(EVIDENCE, ON_PAGE, lambda _, documents: render_evidence(documents)),
     Page(costs_page.COSTS, ("engine", "goals"), costs_page.render_costs),
-    _part(costs_page.COSTS, "gpu", costs_page.render_gpu),
+    _part(costs_page.COSTS, "gpu_check", costs_page.render_gpu),
     _part(systems_page.PAGE, "systems", lambda _, document: systems_page.render(document)),
     *(_part(library_page.PAGE, name, library_page.render) for name in library_page.PARTS),
     Page(

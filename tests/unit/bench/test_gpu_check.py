@@ -22,7 +22,7 @@ def test_every_small_part_runs_and_is_written(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys((*parts, "scoring"), 60))
     monkeypatch.setattr(sys, "argv", ["gpu-check", "--device", "cpu", "--out", str(tmp_path)])
     assert gpu_check.main() == 0
-    written = json.loads((tmp_path / "gpu.json").read_text())
+    written = json.loads((tmp_path / "gpu_check.json").read_text())
     small, plain = (written[part]["rows"][0] for part in parts)
     assert small["predicted_bytes"] > 0
     assert plain["loop"] == "transformers"
