@@ -28,6 +28,7 @@ STREAMS = ("RUNS", "TRAIN", "COMMIT", "SUBMIT", "VALIDATE", "MERGE", "LIBRARY", 
 # such windows took, who acted before a close or a draw. That a
 # window is opened, closed or settled already needs no looking up: the broker admits each fact once.
 RESTS_ON = {
+    ("run", "stake"): ("RUNS",),
     ("train", "opened"): ("RUNS", "TRAIN", "COMMIT", "VALIDATE", "MERGE"),
     ("train", "closed"): ("RUNS", "TRAIN", "INGRESS"),
     ("commit", "opened"): ("RUNS", "COMMIT", "INGRESS"),
@@ -94,11 +95,11 @@ class Coordinator:
 
     async def _do(self, action: Action) -> None:
         match action.payload:
-            case PublishFact(section, cycle, kind, message):
+            case PublishFact(section, cycle, kind, message, id_):
                 if (section, kind) == ("train", "opened"):
                     # A cycle is a trace: one of a whole run would have no end.
                     logs.use("")
-                await self._publish(action.run, section, cycle, kind, message)
+                await self._publish(action.run, section, cycle, kind, message, id_)
             case CloseWindow():
                 await self._close(action.run, action.payload)
             case WriteHead(number):
@@ -129,11 +130,11 @@ class Coordinator:
         )
         await self._publish(run, close.window, close.cycle, "closed", message)
 
-    async def _publish(self, run: str, section: str, cycle: int, kind: str, message: Message) -> None:
+    async def _publish(self, run: str, section: str, cycle: int, kind: str, message: Message, id_: str = "") -> None:
         if not self._leading():
             # Whoever leads now has decided on the same facts; what is written late would only be refused.
             return
-        if await self._bus.publish_fact(run, section, cycle, kind, message):
+        if await self._bus.publish_fact(run, section, cycle, kind, message, id_):
             self._report(run, section, cycle, kind, message)
 
     def _report(self, run: str, section: str, cycle: int, kind: str, message: Message) -> None:

@@ -44,6 +44,7 @@ class PublishFact:
     cycle: int
     kind: str
     message: Message
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def decide(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Decision:
         return Decision([])
     if facts.ended is not None:
         return _seal(facts)
+    if uncounted := [key for key in facts.joined if facts.stake(key) is None]:
+        return Decision([_count(facts.run, key, stake(key)) for key in uncounted])
     if rules.objectors(facts, facts.cycle, stake):
         first = min(facts.objections(facts.cycle).values(), key=lambda fact: fact.sequence)
         detail = f"validators object to cycle {facts.cycle}: {sentence(first.message.finding)}; audit the run"
@@ -81,6 +84,12 @@ def decide(facts: RunFacts, now_ms: int, stake: rules.Stake) -> Decision:
     if selected is None:
         return Decision([])
     return _cycle(facts, spec, now_ms, stake) if facts.cycle else _assemble(facts, spec, selected, now_ms, stake)
+
+
+def _count(run: str, validator: str, stake: float) -> Action:
+    """Write down what a vote weighs before it is cast: a roster that changes later changes no judge of this run."""
+    message = run_pb2.StakeCounted(run=run, validator=validator, stake=stake)
+    return Action(f"{run}/run.0.stake.{validator}", run, PublishFact("run", 0, "stake", message, validator))
 
 
 def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: int, stake: rules.Stake) -> Decision:

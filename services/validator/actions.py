@@ -30,7 +30,7 @@ from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.hashing import hash_fields
 from connito.wire.heads import LogTrees
-from connito.wire.identity import Identity
+from connito.wire.identity import Identity, short_key
 from connito.wire.locked import unlocked
 from connito.wire.sealing import MEDIA_TYPE as SEALED
 from connito.wire.sealing import parse_boxes
@@ -38,7 +38,7 @@ from connito.workloads.claims import Recount, Text
 from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_state, fetch_text, holdout_refs
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
-from .handlers import CommitSeed, Cosign, Join, Object, Preload, RevealSeed, Score, Unload
+from .handlers import CommitSeed, Cosign, Doubt, Join, Object, Preload, RevealSeed, Score, Unload
 from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
@@ -98,6 +98,12 @@ class Validator:
                 digest = secret_digest(run, cycle, self.me, self.secret(self._facts(run), cycle))
                 message = cycle_pb2.SeedCommitted(run=run, cycle=cycle, validator=self.me, digest=digest)
                 await self._bus.publish_fact(run, "train", cycle, "seed", message, self.me)
+            case Doubt(_, validators):
+                raise Retry(
+                    f"this validator takes no part: the log counts another stake than its roster for "
+                    f"{', '.join(map(short_key, validators[:MAX_NAMED]))}; give it the operator's roster, or ask the operator",
+                    after=5.0,
+                )
             case RevealSeed(cycle):
                 secret = self.secret(self._facts(run), cycle)
                 revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=secret)

@@ -46,6 +46,14 @@ class CommitSeed:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """Take no part while votes weigh in the log what they do not in this validator's roster."""
+
+    cycle: int
+    validators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RevealSeed:
     """Publish the secret."""
 
@@ -74,7 +82,7 @@ class Score:
     cycle: int
 
 
-Step = Join | Preload | Unload | CommitSeed | RevealSeed | Object | Cosign | Score
+Step = Join | Preload | Unload | CommitSeed | Doubt | RevealSeed | Object | Cosign | Score
 
 
 def decide(facts: RunFacts, me: str, secret: Secret, loaded: Container[str], stake: rules.Stake) -> Decision:
@@ -119,12 +127,25 @@ def _cycle(facts: RunFacts, me: str, secret: Secret, stake: rules.Stake) -> list
     if broken is not None:
         return [Object(cycle, broken)]
     if facts.window("train", cycle).closed is None and me not in facts.seed_commitments(cycle):
-        return [CommitSeed(cycle)]
+        doubts = _miscounted(facts, me, stake)
+        return [Doubt(cycle, doubts)] if doubts else [CommitSeed(cycle)]
     if _may_reveal(facts, me, cycle, secret):
         return [RevealSeed(cycle)]
     if _may_score(facts, me, cycle):
         return [Score(cycle)]
     return []
+
+
+def _miscounted(facts: RunFacts, me: str, stake: rules.Stake) -> tuple[str, ...]:
+    """Return whose vote weighs another stake than the roster's, of those counted since this validator last agreed to take part.
+    What it agreed to stands: a roster changes later, and the run's stakes do not.
+    """
+    agreed = next(
+        (facts.head(cycle) for cycle in reversed(facts.cycles()) if me in facts.seed_commitments(cycle)), None
+    )
+    since = 0 if agreed is None else agreed.sequence
+    counted = facts.stakes.items()
+    return tuple(key for key, fact in counted if fact.sequence > since and fact.message.stake != stake(key))
 
 
 def _is_mine(facts: RunFacts, me: str, cycle: int, secret: Secret) -> bool:

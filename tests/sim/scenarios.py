@@ -139,6 +139,19 @@ def api_gone(seed: int) -> Scenario:
     return Scenario(cycles=3, script=((2.0, kill),), limit=600)
 
 
+def stakes_change(seed: int) -> Scenario:
+    """A validator's stake in the roster changes in the midst of the run, for whoever reads the file, and services restart."""
+
+    def change(world: World) -> None:
+        key = min(world.roster.keys["validator"])
+        if any(".train.2.opened" in subject for subject in world.broker.last):
+            world.roster.stakes[key] = 5.0
+
+    return Scenario(
+        cycles=3, storm=("kill",), every=1.0, script=tuple((1.0 + 0.1 * step, change) for step in range(100))
+    )
+
+
 def cached_rot(seed: int) -> Scenario:
     """A bit flips in a file of every cache, which keeps its size and its time."""
     import os

@@ -19,6 +19,7 @@ FINDINGS: dict[str, Callable[[int], Scenario]] = {
     "a standby outlives elections": scenarios.elections,
     "an address leads to who lives": scenarios.api_gone,
     "a run waits for its miners": scenarios.nobody_there,
+    "a stake that changes changes no judge of a run": scenarios.stakes_change,
     "a cache gives out what was put in": scenarios.cached_rot,
 }
 

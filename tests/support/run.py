@@ -10,7 +10,7 @@ their fact add what most tests leave alone. Everything ends in `store`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Self
 
@@ -139,9 +139,11 @@ class Run:
             self.say("run", 0, "miner", miner=miner, label=label)
         return self
 
-    def validators(self, *validators: str) -> Self:
+    def validators(self, *validators: str, stakes: Mapping[str, float] | None = None) -> Self:
+        """Validators who join, and what their votes weigh: 1, but for `stakes`."""
         for validator in validators:
             self.say("run", 0, "validator", validator=validator)
+            self.say("run", 0, "stake", validator=validator, stake=(stakes or {}).get(validator, 1.0))
         return self
 
     def banned(self, miner: str, number: int = 1, *, lifted: bool = False) -> Self:

@@ -1,4 +1,4 @@
-"""Checks of admission: enrolments against the run's policy, and bans against their orders. Pure."""
+"""Checks of admission: enrolments against the run's policy, bans against their orders, and what votes weigh. Pure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def admission(evidence: Evidence) -> Step:
     enrolled, banned = facts.enrolled, facts.bans
     found = [*_enrolments(evidence, enrolled), *_bans(evidence, banned)]
     return Step("admission", 0, len(enrolled) + len(banned), tuple(found))
+
+
+def stakes(evidence: Evidence) -> Step:
+    """Check that the log says what the vote of each validator weighs. What the roster says now may be another matter."""
+    facts, roster = evidence.facts, evidence.roster
+    head = facts.head(facts.cycle)
+    late = 0 if head is None else head.sequence
+    found = [
+        Difference("stakes", evidence.subject("run", 0, "stake", key), "is not in the log, but the validator joined")
+        for key, fact in facts.joined.items()
+        if facts.stake(key) is None and fact.sequence < late
+    ]
+    others = [
+        f"{fact.message.stake:g} for {evidence.name(key)}, this roster says {roster.stake(key):g}"
+        for key, fact in facts.stakes.items()
+        if fact.message.stake != roster.stake(key)
+    ]
+    return Step("stakes", 0, len(facts.joined), tuple(found), f"the log counts {'; '.join(others)}" if others else "")
 
 
 def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnrolled]]) -> Iterator[Difference]:

@@ -139,6 +139,7 @@ def _steps(evidence: Evidence, artifacts: Artifacts, options: Options) -> Iterat
         yield Step("spec", 0, 1, (Difference("spec", "run.0.created", what),))
         return
     yield attempt("admission", 0, lambda: admission.admission(evidence))
+    yield attempt("stakes", 0, lambda: admission.stakes(evidence))
     work = recompute.Recomputation(evidence, artifacts, options.tolerance, say=options.say)
     yield from _cycles(work, options)
     if options.files:

@@ -1010,6 +1010,35 @@ class ValidatorJoined(_message.Message):
 Global___ValidatorJoined: _TypeAlias = ValidatorJoined  # noqa: Y015
 
 @_typing.final
+class StakeCounted(_message.Message):
+    """RUNS: `<run>.run.0.stake.<validator>`, signed by the coordinator before it does anything else in a run that the validator has
+    joined: what the vote weighs in this run, whatever the roster says later.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    VALIDATOR_FIELD_NUMBER: _builtins.int
+    STAKE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    validator: _builtins.str
+    stake: _builtins.float
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        validator: _builtins.str = ...,
+        stake: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stake", b"stake", "validator", b"validator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StakeCounted: _TypeAlias = StakeCounted  # noqa: Y015
+
+@_typing.final
 class StreamCut(_message.Message):
     """How far a stream is covered: the sequence of the run's last message in it."""
 

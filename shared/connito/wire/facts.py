@@ -115,6 +115,16 @@ class RunFacts(FactSet):
         return list(self.joined)
 
     @property
+    def stakes(self) -> Mapping[str, Fact[run_pb2.StakeCounted]]:
+        """Return what votes weigh in this run before trust, by validator."""
+        return self.many(run_pb2.StakeCounted, "run", 0, "stake")
+
+    def stake(self, validator: str) -> float | None:
+        """Return what a validator's vote weighs in this run; None until the log says so."""
+        counted = self.stakes.get(validator)
+        return None if counted is None else counted.message.stake
+
+    @property
     def invites_used(self) -> Mapping[str, Fact[run_pb2.InviteUsed]]:
         """Return uses of invites, by invite and number."""
         return self.many(run_pb2.InviteUsed, "run", 0, "invited")

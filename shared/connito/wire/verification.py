@@ -26,6 +26,7 @@ CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
     ("run", "created"): (run_pb2.RunCreated, "coordinator", ""),
     ("run", "miner"): (run_pb2.MinerEnrolled, "coordinator", "miner"),
     ("run", "validator"): (run_pb2.ValidatorJoined, "validator", "validator"),
+    ("run", "stake"): (run_pb2.StakeCounted, "coordinator", "validator"),
     ("run", "invited"): (run_pb2.InviteUsed, "coordinator", "invite+number"),
     ("run", "ban"): (run_pb2.MinerBan, "coordinator", "miner+number"),
     ("run", "selected"): (run_pb2.SelectionMade, "selector", ""),

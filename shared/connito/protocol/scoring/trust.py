@@ -46,11 +46,19 @@ def rate(facts: RunFacts) -> float:
 
 
 def votes(facts: RunFacts, cycle: int, stake: Votes) -> Votes:
-    """Return the weight of each validator's vote in a cycle: its stake, by the trust that earlier cycles left it."""
+    """Return the weight of each validator's vote in a cycle: its stake, by the trust that earlier cycles left it.
+
+    The stake is the one that the log counts. `stake`: the roster's, of whoever joined and was not counted yet.
+    """
+
+    def counted(validator: str) -> float:
+        known = facts.stake(validator)
+        return stake(validator) if known is None else known
+
     if rate(facts) <= 0.0:
-        return stake
+        return counted
     trust = {standing.validator: standing.trust for standing in facts.result_before(cycle).validators}
-    return lambda validator: stake(validator) * max(FLOOR, trust.get(validator, 1.0))
+    return lambda validator: counted(validator) * max(FLOOR, trust.get(validator, 1.0))
 
 
 def agreement(claims: Mapping[str, float], utilities: Mapping[str, float]) -> float:

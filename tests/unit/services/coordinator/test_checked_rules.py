@@ -15,9 +15,9 @@ from .world import World
 VALIDATORS = ("va", "vb", "vc")
 
 
-def world(min_validators: int = 1) -> World:
+def world(stakes: dict[str, float] | None = None) -> World:
     """Assembled, with three validators."""
-    return World(min_validators=min_validators).created().selected().miners("ma").validators(*VALIDATORS)
+    return World().created().selected().miners("ma").validators(*VALIDATORS, stakes=stakes)
 
 
 def step(told: World) -> object:
@@ -108,10 +108,10 @@ def test_who_objects_is_not_waited_for() -> None:
 
 def training(*committed: str, stakes: dict[str, float] | None = None) -> tuple[World, rules.Stake]:
     """A first train window past its deadline, in which these validators have committed to a secret."""
-    weights, told = stakes or {}, world()
+    told = world(stakes)
 
     def stake(validator: str) -> float:
-        return weights.get(validator, 1.0)
+        raise AssertionError("the log counts the stakes, and the roster may have changed")
 
     step(told)
     step(told)
@@ -120,6 +120,14 @@ def training(*committed: str, stakes: dict[str, float] | None = None) -> tuple[W
         told.seed_committed(validator)
     told.now += 10**6
     return told, stake
+
+
+def test_what_a_vote_weighs_is_written_down_before_anything_rests_on_it() -> None:
+    told = World().created().selected().miners("ma")
+    told.say("run", 0, "validator", validator="va").say("run", 0, "validator", validator="vb")
+    told.perform(decide(told.facts, told.now, {"va": 3.0, "vb": 0.5}.__getitem__))
+    assert {key: fact.message.stake for key, fact in told.facts.stakes.items()} == {"va": 3.0, "vb": 0.5}
+    assert decide(told.facts, told.now, even).actions[0].payload == WriteHead(1)
 
 
 def test_a_cycle_that_half_of_the_votes_would_judge_is_not_begun() -> None:

@@ -40,7 +40,7 @@ def whole_run(world: World, absent: bool) -> Iterator[Action]:
     world.selected()
     for name in ("a", "b", "c"):
         world.miners(f"m{name}")
-        world.validators(f"v{name}")
+        world.say("run", 0, "validator", validator=f"v{name}")
     for _ in range(400):
         world.now += 10
         decision = decide(world.facts, world.now, even)
@@ -64,7 +64,7 @@ def test_a_fact_is_the_same_however_far_the_other_streams_were_read(absent: bool
     for action in whole_run(world, absent):
         assert list(differing(world, action, rests_on(action.payload))) == [], action.key
         match action.payload:
-            case PublishFact(section, _, kind, _):
+            case PublishFact(section, _, kind):
                 seen.add((section, kind))
             case CloseWindow(window, _, _, _):
                 seen.add((window, "closed"))

@@ -41,8 +41,8 @@ class World(Run):
         """Do what was decided, at most once each."""
         for action in decision.actions:
             match action.payload:
-                case PublishFact(section, cycle, kind, message):
-                    self.publish(section, cycle, kind, message)
+                case PublishFact(section, cycle, kind, message, id_):
+                    self.publish(section, cycle, kind, message, id_)
                 case WriteHead(number):
                     cuts = [run_pb2.StreamCut(stream=one, last_sequence=last) for one, last in self.sequences.items()]
                     self.publish("run", number, "head", run_pb2.LogHead(run=self.name, cycle=number, cuts=cuts))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.validator import actions
-from services.validator.handlers import CommitSeed, Join, Object, Preload, RevealSeed, Score, Unload, decide
+from services.validator.handlers import CommitSeed, Doubt, Join, Object, Preload, RevealSeed, Score, Unload, decide
 from tests.support.run import ME, OTHER, RUN, Run, even, secret_of
 
 
@@ -67,6 +67,17 @@ def test_commits_a_seed_in_the_train_window_only() -> None:
     assert steps(in_run().opened("train"), ()) == [Preload(), CommitSeed(1)]
     assert steps(in_run().opened("train").seed_committed()) == []
     assert steps(in_run().opened("train").closed("train")) == []
+
+
+def test_takes_no_part_while_the_log_counts_another_stake_than_its_roster() -> None:
+    """It said once that it agrees: what the roster says later concerns later runs, and who joined since."""
+    story = Run().created().validators(ME, OTHER, stakes={OTHER: 9.0}).selected().headed()
+    story.say("run", 1, "cosigned", validator=ME).opened("train")
+    assert steps(story) == [Doubt(1, (OTHER,))]
+    told = story.seed_committed().closed("train").scored().headed(2).opened("train", 2)
+    told.say("run", 2, "cosigned", validator=ME)
+    assert steps(told) == [CommitSeed(2)]
+    assert steps(told.validators("UNEW", stakes={"UNEW": 9.0})) == [Doubt(2, ("UNEW",))]
 
 
 def test_reveals_only_after_submissions_are_settled_and_validate_opened() -> None:
