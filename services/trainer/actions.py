@@ -18,6 +18,7 @@ from connito.service.engine import Action
 from connito.store.cache import digest_of_file
 from connito.v1 import cycle_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_SUBMISSION, ArtifactRef
+from connito.wire import subjects
 from connito.wire.enums import reason_name
 from connito.wire.facts import RunFacts
 from connito.wire.locked import lock_file
@@ -26,6 +27,7 @@ from connito.workloads.fetching import fetch_state
 from . import feedback
 from .adapters import Downloads, Services
 from .handlers import Commit, Enrol, KeepReceipt, LogDecision, ReportTrained, Reveal, Train
+from .own import LAST_LOOK_SECONDS
 from .state import CycleProgress, Ledger
 from .strategy import Effort, Strategy, Work
 
@@ -72,10 +74,37 @@ class Miner:
             case Reveal(cycle):
                 await self._reveal(action.run, cycle)
             case KeepReceipt():
-                if (receipt := self.facts(action.run).newest_receipt) is not None:
-                    self.ledger.keep_receipt(action.run, receipt)
+                await self._keep_receipt(action.run)
             case LogDecision() as tell:
                 self._log(action.run, tell)
+
+    async def _keep_receipt(self, run: str) -> None:
+        """Keep the newest receipt for what was said and stands in the log; for what was acknowledged only, it is none."""
+        receipt = self.facts(run).newest_receipt
+        for mine in list(self.ledger.progress(run).values()) if receipt is not None else ():
+            assert receipt is not None
+            covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
+            gone = [sequence for sequence in covered if not await self._stands(run, mine, sequence)]
+            if standing := [sequence for sequence in covered if sequence not in gone]:
+                self.ledger.keep_receipt(run, mine.cycle, receipt, standing)
+            for sequence in gone:
+                log.error(
+                    "left out: the broker acknowledged a message of this miner's, and the log holds another one or none there; "
+                    "no receipt is for it, so it cannot be shown to others", security=True, cycle=mine.cycle, ingress=sequence,
+                )  # fmt: skip
+            if gone:
+                self.ledger.settle(run, mine.cycle, gone, *(f"left-out-{sequence}" for sequence in gone))
+
+    async def _stands(self, run: str, mine: CycleProgress, sequence: int) -> bool:
+        """Return whether a message of this miner's, and of no other count, stands where one was acknowledged."""
+        for wait in (LAST_LOOK_SECONDS, 0.0):
+            record = await self.bus.look("INGRESS", seq=sequence)
+            if record is not None:
+                own = subjects.parse_ingress(record.subject)[:2] == (run, self.me)
+                return own and mine.places.count(sequence) == 1
+            # A replica of the broker may be a moment behind.
+            await asyncio.sleep(wait)
+        return False
 
     async def _enrol(self, run: str) -> None:
         await self.services.enrol(run, self.label, self.invite)

@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,16 +138,18 @@ class Ledger:
         places = {"unreceipted": (*mine.unreceipted, sequence), "places": (*mine.places, sequence)}
         self.update(run, cycle, **places, **changes)
 
-    def keep_receipt(self, run: str, receipt: IngressHead) -> None:
-        """Keep a receipt of the committer's for what it covers that was said and has none. It outlives its cycle's folder."""
-        for mine in list(self.progress(run).values()):
-            covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
-            if covered:
-                path = self.work_dir / run / "receipts" / f"{mine.cycle}-{covered[-1]}.checkpoint"
-                path.parent.mkdir(exist_ok=True, mode=0o700)
-                self._disk.write(path, receipt.checkpoint.encode())
-                left = tuple(sequence for sequence in mine.unreceipted if sequence not in covered)
-                self.update(run, mine.cycle, unreceipted=left)
+    def keep_receipt(self, run: str, cycle: int, receipt: IngressHead, covered: Sequence[int]) -> None:
+        """Keep a receipt of the committer's for what it covers. It outlives its cycle's folder."""
+        path = self.work_dir / run / "receipts" / f"{cycle}-{covered[-1]}.checkpoint"
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        self._disk.write(path, receipt.checkpoint.encode())
+        self.settle(run, cycle, covered)
+
+    def settle(self, run: str, cycle: int, places: Collection[int], *told: str) -> None:
+        """Look for no receipt any more for what stands there, or was to stand there; note what was told of it."""
+        mine = self.cycle(run, cycle)
+        left = tuple(sequence for sequence in mine.unreceipted if sequence not in places)
+        self.update(run, cycle, unreceipted=left, told=(*mine.told, *told))
 
     def keep_artifact(self, run: str, cycle: int, draft: Path) -> Path:
         """Make a finished draft the cycle's artifact: synced, then renamed, so that it is whole or not there."""

@@ -229,7 +229,7 @@ def test_a_receipt_is_kept_for_what_it_covers(
     assert KeepReceipt() in steps(story, *progress.values())
     receipt = story.facts.newest_receipt
     assert receipt is not None
-    ledger.keep_receipt("run-1", receipt)
+    ledger.keep_receipt("run-1", 1, receipt, kept)
     assert ledger.cycle("run-1", 1).unreceipted == tuple(place for place in (4, 7) if place not in kept)
     assert KeepReceipt() not in steps(story, *ledger.progress("run-1").values())
     ledger.close()
