@@ -19,7 +19,7 @@ from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.gate import Losses as GateLosses
 from connito.protocol.policy.check import complete
-from connito.protocol.scoring.evaluation import Losses, Measurable, Part
+from connito.protocol.scoring.evaluation import Losses, Measurable, Parts
 from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.v1 import cycle_pb2
@@ -82,7 +82,7 @@ class Evaluator(SubmissionEvaluator):
 
     def incumbent(
         self, state: Path, drawn: Mapping[str, list[int]], stop: Any, name: str = ""
-    ) -> Callable[[Part], Losses]:
+    ) -> Callable[[Parts], Losses]:
         return functools.cache(self._losses(value_of(state), drawn))
 
     def submission(
@@ -96,13 +96,16 @@ class Evaluator(SubmissionEvaluator):
             value = value_of(state) + (value - value_of(files.origin))
         return Measurable(before, self._losses(value, drawn), unchanged=False)
 
-    def _losses(self, value: Any, drawn: Mapping[str, list[int]]) -> Callable[[Part], Losses]:
+    def _losses(self, value: Any, drawn: Mapping[str, list[int]]) -> Callable[[Parts], Losses]:
         target = self._spec.holdout.domain
 
-        def measure(part: Part) -> Losses:
-            numbers = drawn[part.domain][part.begin : part.end]
-            sums = [loss_of(value, part.domain, target, number) for number in numbers]
-            return Losses(np.array(sums), np.full(len(numbers), LENGTH))
+        def measure(parts: Parts) -> Losses:
+            sums = [
+                loss_of(value, part.domain, target, number)
+                for part in parts
+                for number in drawn[part.domain][part.begin : part.end]
+            ]
+            return Losses(np.array(sums), np.full(len(sums), LENGTH))
 
         return measure
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from connito.data.corpus import Corpus
 from connito.data.tensors import Array
 from connito.moe.state import load_state
@@ -71,12 +73,13 @@ class GateEvaluator:
             return known
 
     def _measure(self, part: Part, state: Path) -> Losses:
-        tensors = load_state(state)
+        tables = {domain: table for domain, table in self.sequences[part].items() if len(table)}
+        nll, tokens = self.evaluator.losses(load_state(state), np.concatenate(list(tables.values())))
         sums: dict[str, tuple[float, int]] = {}
         rows: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
-        for domain, table in self.sequences[part].items():
-            if len(table):
-                nll, tokens = self.evaluator.losses(tensors, table)
-                sums[domain] = (math.fsum(nll), int(tokens.sum()))
-                rows[domain] = (tuple(map(float, nll)), tuple(map(int, tokens)))
+        begin = 0
+        for domain, table in tables.items():
+            own = slice(begin, begin := begin + len(table))
+            sums[domain] = (math.fsum(nll[own]), int(tokens[own].sum()))
+            rows[domain] = (tuple(map(float, nll[own])), tuple(map(int, tokens[own])))
         return Losses(sums, rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
@@ -35,15 +35,19 @@ class Part:
     end: int
 
 
+# What is measured at once; losses of several parts come one after the other.
+Parts: TypeAlias = tuple[Part, ...]
+
+
 @dataclass(frozen=True)
 class Measurable:
-    """Losses of one submission on drawn sequences; each part is measured when it is asked for.
+    """Losses of one submission on drawn sequences; parts are measured when they are asked for.
 
     `before` and `after` are the losses without and with the submission. `unchanged`: it is the base state itself.
     """
 
-    before: Callable[[Part], Losses]
-    after: Callable[[Part], Losses]
+    before: Callable[[Parts], Losses]
+    after: Callable[[Parts], Losses]
     unchanged: bool
 
 
@@ -63,10 +67,11 @@ class Evaluation:
     def upto(self, look: InterimLook) -> dict[str, list[cycle_pb2.SequenceLoss]]:
         """Return losses by domain of the sequences that come up to a look. Looks are taken in their order."""
         wanted = {domain: self._count(domain, look) for domain in self._drawn}
-        for domain, count in wanted.items():
-            part = Part(domain, len(self._found[domain]), count)
-            if part.begin < part.end:
-                self._found[domain] += _losses(part, self._drawn[domain], self._measurable)
+        asked = (Part(domain, len(self._found[domain]), count) for domain, count in wanted.items())
+        parts = tuple(part for part in asked if part.begin < part.end)
+        if parts:
+            for loss in _losses(parts, self._drawn, self._measurable):
+                self._found[loss.domain].append(loss)
         return {domain: self._found[domain][:count] for domain, count in wanted.items()}
 
     def _count(self, domain: str, look: InterimLook) -> int:
@@ -80,16 +85,16 @@ def score(submission: cycle_pb2.Submission, evaluation: Evaluation, spec: RunSpe
     return score_of(submission.miner, submission.artifact.digest, raced, spec.scoring)
 
 
-def _losses(part: Part, numbers: Sequence[int], measurable: Measurable) -> list[cycle_pb2.SequenceLoss]:
+def _losses(
+    parts: Parts, drawn: Mapping[str, Sequence[int]], measurable: Measurable
+) -> Iterator[cycle_pb2.SequenceLoss]:
     # Who shares what is measured begins where the others have not: all of them need the losses before.
-    after, before = measurable.after(part), measurable.before(part)
-    rows = zip(numbers[part.begin : part.end], before.sums, after.sums, before.tokens, strict=True)
-    return [
-        cycle_pb2.SequenceLoss(
-            domain=part.domain, sequence=number, before=float(old), after=float(new), tokens=int(tokens)
+    after, before = measurable.after(parts), measurable.before(parts)
+    named = [(part.domain, number) for part in parts for number in drawn[part.domain][part.begin : part.end]]
+    for (domain, number), old, new, tokens in zip(named, before.sums, after.sums, before.tokens, strict=True):
+        yield cycle_pb2.SequenceLoss(
+            domain=domain, sequence=number, before=float(old), after=float(new), tokens=int(tokens)
         )
-        for number, old, new, tokens in rows
-    ]
 
 
 def rejected(submission: cycle_pb2.Submission, why: Refusal) -> cycle_pb2.SubmissionScore:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from connito.errors import Invalid
 from connito.protocol.findings import Refusal
-from connito.protocol.scoring.evaluation import Evaluation, Losses, Measurable, Part, fit, rejected, score
+from connito.protocol.scoring.evaluation import Evaluation, Losses, Measurable, Part, Parts, fit, rejected, score
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 
 SPEC = run_pb2.RunSpec(
@@ -30,9 +30,10 @@ BEFORE = losses([30.0, 32.0, 31.0, 29.0], [20.0, 21.0])
 
 
 def evaluated(after: dict[str, Losses], *, unchanged: bool = False) -> Evaluation:
-    def side(of: dict[str, Losses]) -> Callable[[Part], Losses]:
-        return lambda part: Losses(
-            of[part.domain].sums[part.begin : part.end], of[part.domain].tokens[part.begin : part.end]
+    def side(of: dict[str, Losses]) -> Callable[[Parts], Losses]:
+        return lambda parts: Losses(
+            np.concatenate([of[part.domain].sums[part.begin : part.end] for part in parts]),
+            np.concatenate([of[part.domain].tokens[part.begin : part.end] for part in parts]),
         )
 
     return Evaluation(DRAWN, Measurable(side(BEFORE), side(after), unchanged), "medical")
@@ -77,17 +78,17 @@ def test_a_race_measures_no_further_than_the_look_that_decides() -> None:
     spec = run_pb2.RunSpec()
     spec.CopyFrom(SPEC)
     spec.scoring.minimum_sequences = 2
-    asked: list[Part] = []
+    asked: list[Parts] = []
     evaluation = evaluated(losses([31.0, 33.0, 31.0, 29.0], [20.0, 21.0]))
     measurable = evaluation._measurable
 
-    def after(part: Part) -> Losses:
-        asked.append(part)
-        return measurable.after(part)
+    def after(parts: Parts) -> Losses:
+        asked.append(parts)
+        return measurable.after(parts)
 
     got = score(SUBMISSION, Evaluation(DRAWN, Measurable(measurable.before, after, unchanged=False), "medical"), spec)
     assert (got.reason, got.evaluated_sequences) == (reasons_pb2.REASON_NO_IMPROVEMENT, 2)
-    assert asked == [Part("medical", 0, 2), Part("code", 0, 2)]
+    assert asked == [(Part("medical", 0, 2), Part("code", 0, 2))]
 
 
 def test_what_cannot_be_measured_carries_its_reason() -> None:
