@@ -23,7 +23,8 @@ from connito.local.defaults import UpOptions, profile
 from connito.protocol.findings import Refusal
 from connito.protocol.holdout import subsets
 from connito.protocol.merging.candidates import Attempt, MergeInputs, write_candidate
-from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.merging.cycle import Merged, merge_cycle
+from connito.protocol.merging.opened import Files
 from connito.protocol.policy import choices
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.evaluation import Evaluation, score

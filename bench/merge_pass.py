@@ -23,10 +23,11 @@ from unittest import mock
 import numpy as np
 from connito.data.tensors import read_header
 from connito.protocol.findings import PROTOCOL_VERSION
-from connito.protocol.merging import candidates, cycle
-from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging import aggregators, candidates, cycle, opened
+from connito.protocol.merging.cycle import merge_cycle
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
+from connito.protocol.merging.opened import Files
 from connito.protocol.policy.law import DEFAULTS
 from connito.protocol.scoring.consensus import Consensus
 from connito.v1 import cycle_pb2, run_pb2
@@ -40,10 +41,10 @@ MINERS, LAYERS, EXPERTS = 20, 4, 4
 STEPS = DEFAULTS.merging.step_codec
 # What a merge consists of, by where it is called from.
 PARTS = {
-    "inspect": (cycle, "inspect"),
+    "inspect": (opened, "inspect"),
     "functions": (cycle, "function_gram"),
     "step": (candidates, "write_step"),
-    "coding": (candidates, "code_step"),
+    "coding": (aggregators, "code_step"),
 }
 
 

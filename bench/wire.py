@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from connito.data.codecs.file import codec, read_coded, write_coded
 from connito.protocol.claims import claimed_rows
-from connito.protocol.coding import code_step, codec_of, decoded, encode
+from connito.protocol.coding import codec_of, decoded, encode
 from connito.v1.run_pb2 import TrainPolicy
 
 from bench.compose_setup import base
@@ -33,6 +33,7 @@ from bench.harness import Options, Result, interval, main, note
 from bench.local_work import Miner
 from bench.merging import BETA1, MOMENTS, WHOLE, Merge, merged
 from bench.tiny_rig import Rig, Tokens
+from tests.support.steps import write_coded_step
 
 MINERS, BATCH = 4, 4
 # H -> cycles. A cell has to end within twenty seconds.
@@ -220,7 +221,7 @@ def _version(theta: Any, step: str, work: Path) -> tuple[Any, int]:
     save_state(tensors(theta), work / "exact")
     if step == "rows":
         return theta, (work / "exact").stat().st_size
-    code_step(codec(step), work / "theta", work / "exact", work / "next", work / "step")
+    write_coded_step(codec(step), work / "theta", work / "exact", work / "next", work / "step")
     return {name: rows.numpy() for name, rows in load_state(work / "next").items()}, (work / "step").stat().st_size
 
 

@@ -14,8 +14,9 @@ from connito.bus import Bus, offences
 from connito.errors import Invalid, VerificationFailed
 from connito.library.deposit_plan import Deposit, lacks_scores, plan
 from connito.library.scores import MEASURING_SECONDS
-from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.merging.cycle import Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
+from connito.protocol.merging.opened import Files
 from connito.protocol.provenance import check_settled, check_start
 from connito.protocol.rules import quorum_fault
 from connito.protocol.scoring.consensus import Consensus

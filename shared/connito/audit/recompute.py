@@ -23,8 +23,9 @@ from connito.data.corpus import Corpus
 from connito.errors import Invalid
 from connito.protocol.findings import OF_THE_FILE, Refusal, Refusals
 from connito.protocol.holdout import draw_to_score, subsets
-from connito.protocol.merging.cycle import Files, Measure, Merged, merge_cycle
+from connito.protocol.merging.cycle import Measure, Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
+from connito.protocol.merging.opened import Files
 from connito.protocol.sequences import sequences
 from connito.runtime.progress import Notify, silent
 from connito.v1 import cycle_pb2, run_pb2

@@ -239,26 +239,30 @@ class TensorWriter:
 
     Bytes depend on layout, metadata and values only: widest dtypes first and then by name, data aligned to 64 bytes.
     Tensors must be written in the order of `names`. The file appears under its name when the context is left without an
-    error; before that it is called `<name>.partial`.
+    error; before that it is called `<name>.partial`. `digested`: hash what is written.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, digested: bool = True
+    ) -> None:
         self.path = path
         self.layout = dict(layout)
         self.names = _order(layout)
         self._written = 0
         self._partial = path.with_name(path.name + ".partial")
         self._file = self._partial.open("wb")
-        self._hash, self.size = hashlib.sha256(), 0
+        self._hash, self.size = hashlib.sha256() if digested else None, 0
         self._append(_header_bytes(layout, metadata or {}))
 
     @property
     def digest(self) -> str:
         """Return the SHA-256 of what was written so far, in hex."""
+        assert self._hash is not None, "this file is not hashed"
         return self._hash.hexdigest()
 
     def _append(self, data: Any) -> None:
-        self._hash.update(data)
+        if self._hash is not None:
+            self._hash.update(data)
         self.size += self._file.write(data)
 
     def write(self, name: str, array: Array) -> None:

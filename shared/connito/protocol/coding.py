@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from connito.data.codecs.file import Codec, codec, coding, read_coded, read_note
-from connito.data.codecs.planes import write_planes
+from connito.data.codecs.planes import packed
 from connito.data.codecs.scales import Floats
 from connito.data.pseudo_gradients import load_float32
 from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
@@ -57,9 +56,8 @@ def usual_bytes(policy: TrainPolicy, shapes: Sequence[tuple[int, ...]]) -> int:
     if how.name == "low-rank":
         # Factors are next to incompressible, and depend on the shape.
         return sum(size.most for shape in shapes for size in how.sizes(shape))
-    file, noise = BytesIO(), np.random.default_rng(0).standard_normal(sample, np.float32)
-    write_planes(how.encode(noise), file)
-    return sum(map(math.prod, shapes)) * file.tell() // math.prod(sample)
+    noise = np.random.default_rng(0).standard_normal(sample, np.float32)
+    return sum(map(math.prod, shapes)) * len(packed(how.encode(noise))) // math.prod(sample)
 
 
 def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> Path:
@@ -71,43 +69,44 @@ def decoded(submission: Path, base: Path, policy: TrainPolicy, folder: Path) -> 
     if not is_coded(policy):
         return submission
     path = folder / f"{submission.name}-{base.name}.rows"
-    decode_to(path, codec_of(policy), submission, base, stated(submission, policy))
+    _decode(path, codec_of(policy), submission, base, stated(submission, policy))
     return path
 
 
-def decode_to(
-    out: Path, how: Codec, coded: Path, base: Path, said: Mapping[str, str] = MappingProxyType({})
-) -> Digested:
-    """Write the state that lies a coded δ from the one in `base`, with its metadata and what is `said`; return SHA-256 and bytes.
+def decode_to(out: Path, how: Codec, coded: Path, base: Path) -> Digested:
+    """Write the state that lies a coded δ from the one in `base`, with its metadata; return SHA-256 and bytes.
 
     Raises `Invalid` for bytes that no encoder writes. One tensor is in memory at a time.
     """
+    writer = _decode(out, how, coded, base, digested=True)
+    return writer.digest, writer.size
+
+
+def _decode(
+    out: Path,
+    how: Codec,
+    coded: Path,
+    base: Path,
+    said: Mapping[str, str] = MappingProxyType({}),
+    *,
+    digested: bool = False,
+) -> TensorWriter:
     layout = _shapes(base)
-    with TensorWriter(out, layout, {**read_header(base).metadata, **said}) as writer:
+    with TensorWriter(out, layout, {**read_header(base).metadata, **said}, digested=digested) as writer:
         assert writer.names == sorted(layout), "a state has one dtype"
         for name, delta in read_coded(how, layout, coded):
             writer.write(name, _moved(load_float32(base, name), delta, layout[name][0]))
-    return writer.digest, writer.size
+    return writer
 
 
-def code_step(how: Codec, parent: Path, stepped: Path, out: Path, coded: Path) -> Digested:
-    """Code the outer step from one state to another, and write the state that it decodes to, which is the version then.
+def code_step(how: Codec, name: str, before: Floats, stepped: Array, dtype: str) -> tuple[bytes, Array]:
+    """Return the coded outer step of one tensor from `before`, and what it decodes to, which is the version's then.
 
-    Each tensor of both is read once. Nothing of what coding leaves out is kept: the next cycle's work starts from where this
-    one came to. Return SHA-256 and bytes of the state. Raises `Invalid` (NON_FINITE) for numbers that have no scale.
+    Nothing of what coding leaves out is kept: the next cycle's work starts from where this one came to. `stepped` is as a state
+    of this dtype stores it.
     """
-    layout, before = _same_layout(parent, stepped), dict[str, Floats]()
-
-    def wanted(name: str) -> Floats:
-        before[name] = load_float32(parent, name)
-        return before[name] - load_float32(stepped, name)
-
-    with TensorWriter(out, layout, read_header(parent).metadata) as writer:
-        assert writer.names == sorted(layout), "a state has one dtype"
-        for name, _, planes in coding(how, layout, wanted, coded):
-            dtype, shape = layout[name]
-            writer.write(name, _moved(before.pop(name), how.decode(planes, shape, name), dtype))
-    return writer.digest, writer.size
+    planes = how.encode(before - to_float32(stepped, dtype))
+    return packed(planes), _moved(before, how.decode(planes, before.shape, name), dtype)
 
 
 def stated(submission: Path, policy: TrainPolicy) -> dict[str, str]:

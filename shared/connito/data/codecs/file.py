@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 
 from connito.data.codecs.blocks import Blocks
 from connito.data.codecs.factors import MAX_RANK, Factors
-from connito.data.codecs.planes import Plane, Size, bad_code, read_planes, write_planes
+from connito.data.codecs.planes import Plane, Size, bad_code, packed, read_planes
 from connito.data.codecs.scales import Floats
 from connito.data.codecs.sparse import CHUNK, Sparse
 from connito.data.tensors import Layout
@@ -87,12 +87,17 @@ def coding(
 ) -> Iterator[tuple[str, Floats, list[Plane]]]:
     """Do as `write_coded`, and yield of each tensor name, numbers and planes, of which a reader of the file decodes it."""
     with path.open("wb") as file:
-        file.write(_WITH_NOTE + _about(how) + len(note).to_bytes(4, "little") + note if note else _PREFIX + _about(how))
+        file.write(head(how, note))
         for name in sorted(layout):
             values = load(name)
             planes = how.encode(values)
-            write_planes(planes, file)
+            file.write(packed(planes))
             yield name, values, planes
+
+
+def head(how: Codec, note: bytes = b"") -> bytes:
+    """Return what comes before the tensors of a file, which follow by name."""
+    return _WITH_NOTE + _about(how) + len(note).to_bytes(4, "little") + note if note else _PREFIX + _about(how)
 
 
 def read_coded(how: Codec, layout: Layout, source: Path | bytes) -> Iterator[tuple[str, Floats]]:

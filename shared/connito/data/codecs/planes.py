@@ -34,13 +34,14 @@ class Size:
         return self.most + self.most // 100 + 64
 
 
-def write_planes(planes: Sequence[Plane], file: BinaryIO) -> None:
-    """Append planes, each behind its coded length."""
+def packed(planes: Sequence[Plane]) -> bytes:
+    """Return planes as they lie in a file, each behind its coded length."""
+    parts = []
     for plane in planes:
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
         coded = deflate.compress(np.ascontiguousarray(plane).data) + deflate.flush()
-        file.write(len(coded).to_bytes(_LENGTH_BYTES, "little"))
-        file.write(coded)
+        parts += [len(coded).to_bytes(_LENGTH_BYTES, "little"), coded]
+    return b"".join(parts)
 
 
 def read_planes(file: BinaryIO, sizes: Sequence[Size], about: str) -> list[Plane]:

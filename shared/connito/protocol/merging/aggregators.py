@@ -14,17 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connito.data.codecs.file import Codec, head
 from connito.data.pseudo_gradients import CHUNK, Deltas, load_float32
-from connito.data.tensors import Layout, TensorWriter, from_float32, read_header, to_float32
+from connito.data.tensors import Array, Layout, TensorWriter, from_float32, read_header, to_float32
 from connito.errors import Invalid
+from connito.protocol.coding import code_step
 from connito.protocol.merging.by_expert import Grams, Routed, Shares, Use, along, middle, of_submissions, shares
 from connito.protocol.policy.choices import AGGREGATORS
 from connito.runtime.compute import usable_cores
@@ -337,8 +339,16 @@ class Stepped:
     momentum: tuple[str, int]
 
 
-def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_momentum: Path) -> Stepped:
-    """Write θ_{t+1} and the new outer momentum to files, one tensor for each core in memory at a time.
+def write_step(
+    how: Plan,
+    deltas: Deltas,
+    step: OuterStep,
+    out_state: Path,
+    out_momentum: Path,
+    coded: tuple[Codec, Path] | None = None,
+) -> Stepped:
+    """Write θ_{t+1} and the new outer momentum to files, one tensor for each core in memory at a time. `coded`: also the coded
+    step, by this codec to this file, and θ_{t+1} is what it decodes to.
 
     The state keeps the parent's names, shapes, dtypes and metadata; momentum is float32 over the same rows. Raises
     `Invalid` (NON_FINITE) where a number overflows.
@@ -348,26 +358,32 @@ def write_step(how: Plan, deltas: Deltas, step: OuterStep, out_state: Path, out_
     speeds: Layout = {name: ("F32", shape) for name, (_, shape) in layout.items()}
     # Where every number is looked at by itself, all submissions' rows of a tensor are in memory.
     at_once = 1 if how.kind in COORDINATE_WISE else usable_cores()
+    coder = None if coded is None else coded[0]
     with (
         ThreadPoolExecutor(at_once) as pool,
+        nullcontext() if coded is None else coded[1].open("wb") as file,
         TensorWriter(out_state, layout, header.metadata) as state,
         TensorWriter(out_momentum, speeds) as velocity,
     ):
-        # Same dtype everywhere in a state, hence the same order in both files.
-        assert state.names == velocity.names, "a state has one dtype"
+        if file is not None and coder is not None:
+            file.write(head(coder))
+        # Same dtype everywhere in a state, hence the same order in both files, by name.
+        assert state.names == velocity.names == sorted(layout), "a state has one dtype"
         for start in range(0, len(state.names), at_once):
             names = state.names[start : start + at_once]
-            made = pool.map(lambda name: _stepped(how, deltas, step, name, layout[name][0]), names)
-            for name, (rounded, speed) in zip(names, made, strict=True):
+            made = pool.map(lambda name: _stepped(how, deltas, step, name, layout[name][0], coder), names)
+            for name, (rounded, speed, code) in zip(names, made, strict=True):
                 state.write(name, rounded)
                 velocity.write(name, speed)
+                if file is not None:
+                    file.write(code)
     return Stepped((state.digest, state.size), (velocity.digest, velocity.size))
 
 
 def _stepped(
-    how: Plan, deltas: Deltas, step: OuterStep, name: str, dtype: str
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Return one tensor of the next state, as it is stored, and of the momentum."""
+    how: Plan, deltas: Deltas, step: OuterStep, name: str, dtype: str, coder: Codec | None
+) -> tuple[Array, NDArray[np.float32], bytes]:
+    """Return one tensor of the next state, as it is stored, and of the momentum; and the coded step."""
     before = None if step.momentum is None else load_float32(step.momentum, name)
     with np.errstate(over="ignore", invalid="ignore"):
         theta = load_float32(step.parent, name)
@@ -375,4 +391,7 @@ def _stepped(
         rounded = from_float32(stepped, dtype)
     if not (np.isfinite(to_float32(rounded, dtype)).all() and np.isfinite(speed).all()):
         raise Invalid(f"merging {name} overflows", reason=reasons.REASON_NON_FINITE, about=name)
-    return rounded, speed
+    if coder is None:
+        return rounded, speed, b""
+    code, decoded = code_step(coder, name, theta, rounded, dtype)
+    return decoded, speed, code

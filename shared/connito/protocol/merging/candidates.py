@@ -17,7 +17,7 @@ builds the same candidates from the log and the store, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from connito.data.pseudo_gradients import DeltaFiles, DeltaSubset, expert_grams
 from connito.data.tensors import TensorWriter, read_header
-from connito.protocol.coding import code_step, step_codec
+from connito.protocol.coding import step_codec
 from connito.protocol.merging.aggregators import (
     Gram,
     OuterStep,
@@ -183,13 +183,9 @@ def write_candidate(
     else:
         rate, mu = policy.outer_learning_rate, policy.outer_momentum
         step = OuterStep(ingredients.parent, ingredients.momentum, rate, mu)
-    coded, exact = step_codec(policy), out_state.with_suffix(".exact")
-    if coded is None or out_step is None:
-        files = write_step(how, deltas, step, out_state, out_momentum)
-    else:
-        files = write_step(how, deltas, step, exact, out_momentum)
-        files = replace(files, state=code_step(coded, ingredients.parent, exact, out_state, out_step))
-        exact.unlink()
+    coder = step_codec(policy)
+    coded = None if coder is None or out_step is None else (coder, out_step)
+    files = write_step(how, deltas, step, out_state, out_momentum, coded)
     miners = [ingredients.submissions[index].miner for index in attempt.members]
     weights = {miner: weight for miner, weight in zip(miners, how.weights, strict=True) if weight > 0.0}
     return Candidate(weights, files)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from connito.data.codecs.file import CODED
 from connito.data.pseudo_gradients import DeltaFiles
 from connito.data.safetensors_header import SAFETENSORS
 from connito.data.tensors import read_header
-from connito.errors import Environment, Invalid
+from connito.errors import Invalid
 from connito.protocol.claims import claim_of, counts_of
-from connito.protocol.coding import decoded, is_coded
+from connito.protocol.coding import is_coded
 from connito.protocol.findings import Refusal, Refusals, finding_of
 from connito.protocol.merging.aggregators import COUNT_UTILITIES
 from connito.protocol.merging.by_expert import judged, use_of
@@ -31,7 +30,7 @@ from connito.protocol.merging.candidates import (
 )
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses, Outcome, Part, Rule, choose
-from connito.protocol.merging.reading import inspect
+from connito.protocol.merging.opened import Files, in_order, opened
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.consensus import Consensus
 from connito.protocol.scoring.copies import CopyEvidence, gains_of
@@ -39,28 +38,15 @@ from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.functions import function_gram
 from connito.protocol.scoring.own_work import Leaning, handed_in_again, own_work
 from connito.protocol.scoring.verdicts import score_cycle, without
-from connito.protocol.submission import check_header, expected_layout
 from connito.store.cache import digest_of_file
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2
 from connito.v1.cycle_pb2 import Finding
 from connito.wire.facts import RunFacts
-from connito.wire.locked import unlocked
 from connito.wire.private import placed
 
 _NO_GAIN = (cycle_pb2.FINDING_KIND_NO_GAIN, cycle_pb2.FINDING_KIND_UNCERTAIN_GAIN)
 # (part of the hold-out, digest of a state, its file) -> losses
 Measure = Callable[[Part, str, Path], Losses]
-
-
-@dataclass(frozen=True)
-class Files:
-    """Local files of a cycle's artifacts. `states` and `bases` are by miner; `earlier`: those of `earlier_works`."""
-
-    parent: Path
-    momentum: Path | None
-    states: Mapping[str, Path]
-    bases: Mapping[str, Path]
-    earlier: Sequence[EarlierWork] = ()
 
 
 @dataclass(frozen=True)
@@ -91,10 +77,10 @@ def merge_cycle(
     losses and the gate's decision are taken, and a decision that these facts and files do not even offer comes out as
     another one.
     """
-    files, faulty, weights = _inspect(facts, submissions, files, folder)
+    files, faulty, weights = opened(facts, submissions, files, folder)
     refused = {**unusable, **faulty}
     agreed = without(agreed, refused)
-    sound = _sorted(entry for entry in submissions if entry.miner not in refused)
+    sound = in_order(entry for entry in submissions if entry.miner not in refused)
     before = len(files.earlier)
     ingredients = _ingredients(facts, sound, agreed, cycle, files, weights[before:, before:])
     copied, leaning = _whose(facts, cycle, agreed, ingredients, files.earlier, weights)
@@ -154,49 +140,6 @@ def _whose(
     before = [work.entry for work in earlier]
     again = handed_in_again(moving, sound, before, (weights, functions), spec.scoring, inputs.deltas.numbers)
     return {**copies.refusals(sound, function, found.original), **again, **same}, found.leaning
-
-
-def _clear(facts: RunFacts, earlier: Sequence[EarlierWork], folder: Path) -> list[EarlierWork]:
-    """Return the works with their files unlocked and decoded into `folder`."""
-    training = facts.require_spec().training
-    return [
-        replace(work, state=decoded(unlocked(work.state, work.entry.artifact, folder), work.base, training, folder))
-        for work in earlier
-    ]
-
-
-def _sorted(entries: Iterable[cycle_pb2.Submission]) -> list[cycle_pb2.Submission]:
-    """Return submissions in the order in which they are merged."""
-    return sorted(entries, key=lambda entry: entry.miner)
-
-
-def _inspect(
-    facts: RunFacts, submissions: Sequence[cycle_pb2.Submission], files: Files, folder: Path
-) -> tuple[Files, Refusals, NDArray[np.float64]]:
-    """Unlock and decode every submission into `folder` and look at it once more: a version is checked where it is made.
-
-    Return the inner products of earlier works and of those that are in order, too. Without any of now, none is compared.
-    """
-    spec, layout = facts.require_spec(), expected_layout(files.parent)
-    refused: dict[str, Refusal] = {}
-    states: dict[str, Path] = {}
-    for entry in _sorted(entry for entry in submissions if entry.miner in files.states):
-        try:
-            clear = unlocked(files.states[entry.miner], entry.artifact, folder)
-            path = decoded(clear, files.bases[entry.miner], spec.training, folder)
-            claim_of(check_header(path, layout), spec, facts.require_selection())
-            states[entry.miner] = path
-        except Environment:
-            raise
-        except Invalid as error:
-            refused[entry.miner] = Refusal.of(error)
-    bases = [files.bases[miner] for miner in states]
-    earlier = _clear(facts, files.earlier, folder) if states else []
-    beside = [work.state for work in earlier], [work.base for work in earlier]
-    found = inspect(list(states.values()), bases, layout, spec.scoring.max_relative_norm or math.inf, beside)
-    miners = list(states)
-    refused |= {miners[place]: refusal for place, refusal in found.refused.items()}
-    return replace(files, states=states, earlier=earlier), refused, found.gram
 
 
 def _ingredients(

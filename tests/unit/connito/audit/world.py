@@ -25,9 +25,10 @@ from connito.protocol import bans, progress
 from connito.protocol.beacon import draw_seed
 from connito.protocol.commitment import commitment_digest
 from connito.protocol.findings import PROTOCOL_VERSION
-from connito.protocol.merging.cycle import Files, merge_cycle
+from connito.protocol.merging.cycle import merge_cycle
 from connito.protocol.merging.earlier import EarlierWork, earlier_works
 from connito.protocol.merging.gate import Losses
+from connito.protocol.merging.opened import Files
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.store import ref_of_bytes
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2

@@ -9,13 +9,13 @@ import pytest
 from connito.data.codecs.file import codec
 from connito.data.tensors import tensor_bytes
 from connito.errors import ObjectDamaged, ObjectMissing, Retry
-from connito.protocol.coding import code_step
 from connito.store import ref_of_bytes
 from connito.store.cache import Cache
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.workloads.fetching import fetch_state
 
 from tests.support.run import Run
+from tests.support.steps import write_coded_step
 
 NAME = "layers.0.down_proj"
 CYCLES = 12
@@ -73,7 +73,7 @@ class Told:
             parent, stepped, out, coded = (folder / name for name in ("parent", "stepped", "out", "coded"))
             parent.write_bytes(self.store.objects[self.states[-1].digest])
             stepped.write_bytes(tensor_bytes({NAME: self._as(rows, dtype)}, dtypes={NAME: dtype}))
-            code_step(codec("int4"), parent, stepped, out, coded)
+            write_coded_step(codec("int4"), parent, stepped, out, coded)
             self.states.append(self.store.put(out.read_bytes()))
             self.steps[cycle] = self.store.put(coded.read_bytes())
             self.run.merged(cycle, state=self.states[-1], step=self.steps[cycle])

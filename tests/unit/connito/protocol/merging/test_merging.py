@@ -11,9 +11,10 @@ import pytest
 from connito.data.tensors import read_header, read_tensors
 from connito.protocol.coding import encode
 from connito.protocol.findings import Refusal
-from connito.protocol.merging.cycle import Files, Merged, merge_cycle
+from connito.protocol.merging.cycle import Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
+from connito.protocol.merging.opened import Files
 from connito.protocol.scoring import copies
 from connito.protocol.scoring.counted_reports import read_reports
 from connito.protocol.scoring.verdicts import agree
