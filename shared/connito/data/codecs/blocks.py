@@ -20,6 +20,8 @@ BLOCK = 64
 # Of a ternary block the largest are sent, and all that are as large: one and a quarter bits a number. Twice as many would come
 # nearest to it, for half as many bits again; what is left out comes back by error feedback.
 KEPT = 18
+# Blocks that are coded at a time: with what comes between they fit a core's cache.
+_AT_ONCE = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -48,31 +50,44 @@ class Blocks:
                 code_scales(np.full(len(blocks), np.inf, np.float32)),
                 np.zeros(blocks.size // self.packed, np.uint8),
             ]
-        scales = code_scales(self._scales(blocks))
-        digits = self._digits(blocks, read_scales(scales, self.name)[:, None]).reshape(-1, self.packed)
-        packed = digits[:, 0].copy()
-        for place in range(1, self.packed):
-            packed += digits[:, place] * np.uint8((2 * self.levels + 1) ** place)
-        return [scales, packed]
+        # A cache full at a time.
+        parts = [blocks[start : start + _AT_ONCE] for start in range(0, len(blocks), _AT_ONCE)]
+        kept = [_kept(np.abs(part)) if self.levels == 1 else None for part in parts]
+        scales = code_scales(np.concatenate([*map(self._scales, parts, kept), np.zeros(0, np.float32)]))
+        steps = read_scales(scales, self.name)[:, None]
+        packed = np.empty((len(blocks), BLOCK // self.packed), np.uint8)
+        for place, (part, sent) in enumerate(zip(parts, kept, strict=True)):
+            own = slice(place * _AT_ONCE, (place + 1) * _AT_ONCE)
+            packed[own] = self._digits(part, steps[own], sent)
+        return [scales, packed.reshape(-1)]
 
-    def _scales(self, blocks: Floats) -> Floats:
-        if self.levels > 1:
+    def _scales(self, blocks: Floats, kept: NDArray[np.bool_] | None) -> Floats:
+        if kept is None:
             return np.asarray(np.abs(blocks).max(axis=1) / self.levels, np.float32)
         # As long as the block was: the nearest would be shorter, and what is left would come a cycle late.
-        count = np.maximum(_kept(np.abs(blocks)).sum(axis=1), 1)
+        count = np.maximum(np.count_nonzero(kept, axis=1), 1)
         squares = np.square(blocks.astype(np.float64))
         while squares.shape[1] > 1:
             # Halves onto halves: an outer step has to be coded alike everywhere, and libraries sum in orders of their own.
             squares = squares[:, ::2] + squares[:, 1::2]
         return np.asarray(np.sqrt(squares[:, 0] / count), np.float32)
 
-    def _digits(self, blocks: Floats, steps: Floats) -> Plane:
-        """Return digits from 0 on."""
-        if self.levels == 1:
-            digits = np.sign(blocks) * _kept(np.abs(blocks)) * (steps > 0)
+    def _digits(self, blocks: Floats, steps: Floats, kept: NDArray[np.bool_] | None) -> Plane:
+        """Return digits from 0 on, `packed` to a byte, [n, BLOCK / packed]."""
+        if kept is None:
+            whole = np.rint(np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0))
         else:
-            digits = np.rint(np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0))
-        return np.asarray(np.clip(digits, -self.levels, self.levels) + self.levels, np.uint8)
+            whole = np.sign(blocks) * (kept & (steps > 0))
+        whole += self.levels
+        digits = (
+            np.clip(whole, 0, 2 * self.levels, out=whole)
+            .astype(np.uint8)
+            .reshape(len(blocks), BLOCK // self.packed, self.packed)
+        )
+        packed = digits[..., 0].copy()
+        for place in range(1, self.packed):
+            packed += digits[..., place] * np.uint8((2 * self.levels + 1) ** place)
+        return packed
 
     def decode(self, planes: Sequence[Plane], shape: Sequence[int], about: str) -> Floats:
         """Return a tensor. Raises `Invalid` for bytes that stand for no digits."""
@@ -81,7 +96,7 @@ class Blocks:
         table = (np.arange(base**self.packed)[:, None] // base ** np.arange(self.packed)) % base - self.levels
         if packed.size and int(packed.max()) >= len(table):
             raise bad_code(f"{about} holds the byte {int(packed.max())}, which stands for no digits", about)
-        digits = table.astype(np.float32)[packed].reshape(-1, BLOCK)
+        digits = table.astype(np.float32).take(packed, axis=0).reshape(-1, BLOCK)
         digits *= scales[:, None]
         return digits.reshape(-1)[: math.prod(shape)].reshape(shape)
 

@@ -62,4 +62,4 @@ def code_scales(scales: Floats) -> Plane:
 
 def read_scales(plane: Plane, about: str) -> Floats:
     """Return the scales of a plane, each exact in float32. Raises `Invalid` (NON_FINITE)."""
-    return np.ldexp(_UNITS, checked_top(int(plane[0]), about)).astype(np.float32)[plane[1:]]
+    return np.ldexp(_UNITS, checked_top(int(plane[0]), about)).astype(np.float32).take(plane[1:])
