@@ -10,7 +10,8 @@ polls for work; *tuned* is with those sleeps cut to 20 ms, from outside, since n
 
 seconds     a round, median
 cpu         seconds of all processes, by round
-memory      of all processes together at one time, the most (PSS: a page that processes share is counted once)
+memory      of all processes together at one time, the most (PSS: a page that processes share is counted once), looked at
+            once a second: it takes a tenth of a second of a core, in which none of them can map a page
 loopback    bytes over the loopback interface by round; whatever else the machine sends there counts
 """
 
@@ -92,6 +93,7 @@ class Watch:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     seen: list[tuple[float, float, int, int]] = field(default_factory=list)
     _cpu: dict[int, float] = field(default_factory=dict)
+    _memory: dict[int, int] = field(default_factory=dict)
     _strangers: set[int] = field(default_factory=set)
     _done: threading.Event = field(default_factory=threading.Event)
 
@@ -123,28 +125,34 @@ class Watch:
         }
 
     def _look(self) -> None:
-        while not self._done.wait(0.1):
-            memory = sum(
-                map(self._process, (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()))
-            )
-            self.seen.append((time.time(), sum(self._cpu.values()), memory, _loopback()))
+        for look in itertools.count():
+            if self._done.wait(0.1):
+                break
+            if look % 10 == 0:
+                self._memory.clear()
+            for path in Path("/proc").iterdir():
+                if path.name.isdigit():
+                    self._process(int(path.name), memory=look % 10 == 0)
+            self.seen.append((time.time(), sum(self._cpu.values()), sum(self._memory.values()), _loopback()))
 
-    def _process(self, process: int) -> int:
-        """Note a process's CPU seconds and return its memory; 0 for one that does not carry the mark."""
+    def _process(self, process: int, *, memory: bool) -> None:
+        """Note a process's CPU seconds and, if asked, its memory, unless it does not carry the mark."""
         if process in self._strangers:
-            return 0
+            return
         folder = Path(f"/proc/{process}")
         try:
             if self.mark.encode() not in (folder / "environ").read_bytes():
                 self._strangers.add(process)
-                return 0
+                return
             times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
-            rollup = (folder / "smaps_rollup").read_text()
+            rollup = (folder / "smaps_rollup").read_text() if memory else ""
         except OSError:
             # It has ended.
-            return 0
+            return
         self._cpu[process] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-        return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
+        if memory:
+            pages = (int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+            self._memory[process] = sum(pages) * 1024
 
 
 def _loopback() -> int:
