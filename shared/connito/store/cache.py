@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,7 +104,7 @@ class Cache:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a file lock, and leave no file; the kernel drops it if this process dies."""
     while (descriptor := _lock(path)) is None:
-        time.sleep(0.02)
+        pass
     try:
         yield
     finally:
@@ -114,11 +113,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """Return the descriptor of a file that is there and locked by nobody else; None where there is none now."""
+    """Wait for a file's lock and return its descriptor; None where whoever held it has removed the file."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it before has removed it, and somebody may hold another one of that name.
+    with suppress(FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Somebody may hold another one of that name by now.
         if os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     os.close(descriptor)
