@@ -62,7 +62,8 @@ class Artifacts:
                     return Check(False, f"The store holds {size} bytes, the log says {ref.size}.")
                 if ref.realm == REALM_PRIVATE:
                     return Check(
-                        True, f"The store has {ref.size} bytes for it, encrypted for those who may read this run."
+                        True,
+                        f"The store has {ref.size} bytes for it, encrypted for those who may read this run.",
                     )
                 for start in range(0, ref.size, CHUNK_BYTES):
                     chunk = await self._store.read_range(ref, start, min(CHUNK_BYTES, ref.size - start))

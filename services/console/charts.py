@@ -144,7 +144,11 @@ def selection(grid: Heatmap) -> svg.Picture:
         (layer, [(item.expert, _shade(item.rank, item.helper, grid), item.words) for item in cells])
         for layer, cells in grid.layers
     ]
-    return _cells(f"{grid.selected} of {grid.total} experts selected in {len(grid.layers)} layers", rows, grid.columns)
+    return _cells(
+        f"{grid.selected} of {formats.count(grid.total, 'expert')} selected in {formats.count(len(grid.layers), 'layer')}",
+        rows,
+        grid.columns,
+    )
 
 
 def figure_map(figures: FigureMap) -> svg.Picture:

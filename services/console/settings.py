@@ -6,6 +6,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from urllib.parse import urlsplit
 
 from connito.errors import Fatal
+from connito.render import formats
 from connito.runtime.settings import ServiceSettings
 from pydantic import Field, SecretStr
 
@@ -90,7 +91,8 @@ class ConsoleSettings(ServiceSettings):
             )
         if token and len(token) < TOKEN_LENGTH:
             raise Fatal(
-                f"CONNITO_CONSOLE_TOKEN has {len(token)} characters and can be guessed; use at least {TOKEN_LENGTH}, "
+                f"CONNITO_CONSOLE_TOKEN has {formats.count(len(token), 'character')} "
+                f"and can be guessed; use at least {TOKEN_LENGTH}, "
                 "for example from `openssl rand -hex 24`"
             )
         return token

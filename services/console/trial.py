@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from connito.errors import Invalid, Retry
+from connito.render import formats
 
 SIDES = ("base", "expert")
 MAX_TEXT, EXAMPLE_TEXT, MAX_FORM_BYTES, MAX_LINE = 4000, 1000, 64 << 10, 1 << 20
@@ -55,7 +56,7 @@ class Asked:
         if not asked.text.strip():
             raise Invalid("There is no text to go on with.")
         if len(asked.text) > MAX_TEXT:
-            raise Invalid(f"The text has {len(asked.text):,} characters; try at most {MAX_TEXT:,}.")
+            raise Invalid(f"The text has {formats.count(len(asked.text), 'character')}; try at most {MAX_TEXT:,}.")
         if str(asked.tokens) != form.get("tokens"):
             raise Invalid(f"An answer has {', '.join(map(str, LENGTHS))} tokens.")
         return asked
@@ -74,7 +75,7 @@ def example_of(text: str) -> str:
     if len(text.strip()) < 2:
         raise Invalid("There is no text to measure.")
     if len(text) > EXAMPLE_TEXT:
-        raise Invalid(f"The text has {len(text):,} characters; measure at most {EXAMPLE_TEXT:,}.")
+        raise Invalid(f"The text has {formats.count(len(text), 'character')}; measure at most {EXAMPLE_TEXT:,}.")
     return text
 
 

@@ -111,7 +111,10 @@ def _steps(facts: RunFacts, cycle: int, miner: str) -> list[Step]:
 def _sentence(fact: Fact) -> str:
     message = fact.message
     if isinstance(message, cycle_pb2.TrainingFinished):
-        return f"trained {message.steps} steps over {message.tokens} tokens in {formats.duration(message.seconds)}"
+        return (
+            f"trained {formats.count(message.steps, 'step')} over "
+            f"{formats.count(message.tokens, 'token')} in {formats.duration(message.seconds)}"
+        )
     if isinstance(message, cycle_pb2.Commitment):
         return f"committed to {message.digest.hex()[:16]}…"
     if isinstance(message, cycle_pb2.Reveal):

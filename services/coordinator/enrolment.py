@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from connito.errors import Invalid
 from connito.protocol.bans import refusal, standing
+from connito.render import formats
 from connito.v1 import reasons_pb2, run_pb2, services_pb2
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.sentences import sentence
@@ -75,7 +76,8 @@ def invite_for(
     spec = facts.require_spec()
     if spec.enrolment.max_miners and len(facts.miners) >= spec.enrolment.max_miners:
         raise Invalid(
-            f"run {facts.run} has its {spec.enrolment.max_miners} miners; look for another with `connito job list`",
+            f"run {facts.run} has its {formats.count(spec.enrolment.max_miners, 'miner')}; "
+            f"look for another with `connito job list`",
             reason=reasons_pb2.REASON_RUN_FULL,
         )
     if not needs_invite(spec.enrolment, miner):

@@ -104,8 +104,8 @@ def _assemble(facts: RunFacts, spec: run_pb2.RunSpec, selected: Fact, now_ms: in
         facts,
         run_pb2.RUN_OUTCOME_FAILED,
         reasons_pb2.REASON_TOO_FEW_MINERS if few_miners else reasons_pb2.REASON_NO_QUORUM,
-        f"{policy.assemble_seconds:g} s after the selection there were {miners} of {policy.min_miners} miners and "
-        f"{validators} of {policy.min_validators} validators; start more, or submit the job again with a smaller "
+        f"{policy.assemble_seconds:g} s after the selection there were {miners} of {count(policy.min_miners, 'miner')} and "
+        f"{validators} of {count(policy.min_validators, 'validator')}; start more, or submit the job again with a smaller "
         "minimum or a longer assemble_seconds",
     )
 
@@ -139,7 +139,7 @@ def _cycle(facts: RunFacts, spec: run_pb2.RunSpec, now_ms: int, stake: rules.Sta
     if not progress.merged_anything(facts):
         reason = reasons_pb2.REASON_NO_IMPROVEMENT
         return _end(facts, run_pb2.RUN_OUTCOME_NO_IMPROVEMENT, reason, why_nothing(facts))
-    detail = sentence(enough) if enough is not None else f"all {count(spec.cycles, 'cycle')} done"
+    detail = sentence(enough) if enough is not None else f"{spec.cycles} of {count(spec.cycles, 'cycle')} done"
     return _end(facts, run_pb2.RUN_OUTCOME_COMPLETED, reasons_pb2.REASON_UNSPECIFIED, detail)
 
 

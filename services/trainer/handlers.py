@@ -217,7 +217,8 @@ def news(facts: RunFacts, me: str, cycle: int) -> list[LogDecision]:
     scored = facts.scored(cycle)
     for verdict in scored.verdicts if scored is not None else ():
         if verdict.miner == me:
-            told.append(LogDecision(cycle, "verdict", describe(verdict), reason_name(verdict.reason)))
+            refused = "" if verdict.reward else reason_name(verdict.reason)
+            told.append(LogDecision(cycle, "verdict", describe(verdict), refused))
     return told
 
 
@@ -225,5 +226,7 @@ def describe(verdict: cycle_pb2.Verdict) -> str:
     """Return a verdict as one line: its reward, or the reason for none."""
     status = plain_name(cycle_pb2.VerdictStatus, verdict.status)
     if verdict.rank:
-        return f"{status}: rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"
+        why = f"; {detail}" if verdict.reason and (detail := detail_of(verdict)) else ""
+        paid = f"rank {verdict.rank}, reward {verdict.reward}, utility {verdict.utility:.4f} nats per token"
+        return f"{status}: {paid}{why}"
     return f"{status}: {reason_name(verdict.reason) or 'no rank'}: {detail_of(verdict)}"

@@ -53,7 +53,7 @@ def test_a_platform_that_is_well(environment: dict[str, str]) -> None:
     assert code == 0, checks
     assert checks["nats-server version"]["ok"]
     assert abs(float(checks["clock"]["found"].split()[0])) < 5
-    assert checks["resume point"]["found"] == "no run is under way"
+    assert checks["runs"]["found"] == "no run is under way"
     assert "MB/s up" in checks["bandwidth"]["found"]
     # The probe lies in the store under its hash, and is not written twice.
     assert "up not measured" in doctor(environment)[1]["bandwidth"]["found"]
@@ -76,7 +76,7 @@ async def test_a_run_that_nobody_moves_is_named(
     opened = cycle_pb2.WindowOpened(run=run_id, cycle=1, deadline_unix_ms=past, window=cycle_pb2.WINDOW_TRAIN)
     assert await bus.publish_fact(run_id, "train", 1, "opened", opened)
     code, checks = doctor(environment)
-    assert (code, checks["resume point"]["ok"]) == (0, True), "it waits for people, and nothing is wrong"
+    assert (code, checks["runs"]["ok"]) == (0, True), "it waits for people, and nothing is wrong"
     closed = cycle_pb2.WindowClosed(run=run_id, cycle=1, window=cycle_pb2.WINDOW_TRAIN)
     assert await bus.publish_fact(run_id, "train", 1, "closed", closed)
     opened.window = cycle_pb2.WINDOW_COMMIT
@@ -84,12 +84,12 @@ async def test_a_run_that_nobody_moves_is_named(
     # In a window of no length nobody has been heard: it is overdue some seconds after it was opened.
     code, checks = doctor(environment)
     for _ in range(20):
-        if not checks["resume point"]["ok"]:
+        if not checks["runs"]["ok"]:
             break
         code, checks = doctor(environment)
-    assert (code, checks["resume point"]["ok"]) == (0, False)
-    assert f"{run_id}: cycle 1 of 2: commit" in checks["resume point"]["found"]
-    assert "coordinator" in checks["resume point"]["remedy"]
+    assert (code, checks["runs"]["ok"]) == (0, False)
+    assert f"{run_id}: cycle 1 of 2: commit" in checks["runs"]["found"]
+    assert "coordinator" in checks["runs"]["remedy"]
 
 
 def test_what_is_wrong_is_named_with_a_remedy(environment: dict[str, str]) -> None:

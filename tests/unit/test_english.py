@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,44 @@ def test_a_private_function_may_be_described_by_a_noun_and_a_class_always() -> N
 @pytest.mark.parametrize("kind", ["{}", "class A:\n    {}"])
 def test_a_module_or_a_class_never_asks(kind: str) -> None:
     assert len(list(unclear(kind.format('"""How a run ends."""')))) == 1
+
+
+# What people count in sentences; the wings whose sentences people read.
+COUNTED = set(
+    re.findall(
+        r"\w+",
+        """miners validators experts layers cycles versions messages objects files rows steps documents conversations items
+        texts keys runs services artifacts tokens sequences branches entries copies passages streams units threads days""",
+    )
+)
+SAYING = ("cli", "views", "local", "client", "jobs", "curation", "library", "audit")
+
+
+def bare_counts(source: str) -> list[str]:
+    """Return what sentences count by hand, so that one of it would read as several."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for number, text in pairwise(parts):
+            if not isinstance(number, ast.FormattedValue) or not isinstance(text, ast.Constant):
+                continue
+            said = str(text.value)
+            counts = isinstance(number.value, ast.Call) and ast.unparse(number.value.func) == "len"
+            counts |= isinstance(number.value, ast.Attribute) and number.value.attr in COUNTED | {"count", "total"}
+            words = [word.strip(".,;:)'") for word in said.split()]
+            if counts and said.startswith(" ") and words and words[0] in COUNTED:
+                found.append(f"{ast.unparse(number.value)} {words[0]}")
+    return found
+
+
+@pytest.mark.parametrize("wing", [*(f"shared/connito/{wing}" for wing in SAYING), "services"])
+def test_one_of_something_is_not_said_in_the_plural(wing: str) -> None:
+    bare = {str(p): seen for p in (ROOT / wing).rglob("*.py") if (seen := bare_counts(p.read_text(encoding="utf-8")))}
+    assert not bare, "say it by connito.render.formats.count"
+
+
+def test_a_count_by_hand_is_seen() -> None:
+    assert bare_counts('f"{len(found)} miners, {row.total} experts, {what} miners"') == [
+        "len(found) miners",
+        "row.total experts",
+    ]

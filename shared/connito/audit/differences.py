@@ -10,6 +10,8 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from connito.render import formats
+
 MAX_TEXT = 160
 # Fields that people read and that decide nothing: they are never compared.
 _WORDS = ("detail", "gate_detail", "text", "refused")
@@ -81,7 +83,7 @@ def differing(expected: Message, found: Message, skip: Container[str] = (), path
             yield from _values(one, other, skip, here)
             continue
         if len(one) != len(other):
-            yield f"{here}: {len(one)} entries recomputed, {len(other)} in the log"
+            yield f"{here}: {formats.count(len(one), 'entry')} recomputed, {len(other)} in the log"
         for index, (left, right) in enumerate(zip(one, other, strict=False)):
             yield from _values(left, right, skip, f"{here}[{index}]")
 

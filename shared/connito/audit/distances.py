@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from connito.render import formats
+
 
 @dataclass
 class Distances:
@@ -31,8 +33,9 @@ class Distances:
         if not self.compared:
             return ""
         if self.exact == self.compared:
-            return f"{self.compared} losses, all equal to the bit"
+            return f"{formats.count(self.compared, 'loss')}, all equal to the bit"
         return (
-            f"{self.compared} losses, {self.exact} equal to the bit, the others within {self.largest:.2g} nats per "
+            f"{formats.count(self.compared, 'loss')}, {self.exact} equal "
+            f"to the bit, the others within {self.largest:.2g} nats per "
             f"token ({self.tolerance:g} is tolerated)"
         )

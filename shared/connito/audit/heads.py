@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.errors import Invalid, Retry
+from connito.render import formats
 from connito.wire.checkpoint import Checkpoint, cosigned_at
 from connito.wire.fact import Record
 from connito.wire.heads import LogTrees, ingress_origin_of, leaf_of, origin_of
@@ -54,7 +55,8 @@ def read(evidence: Evidence) -> History:
         number += 1
     tree, total = trees.of(evidence.run).tree, sum(1 for record in evidence.records if record.stream != "INGRESS")
     note = (
-        f"the last one covers {tree.size} of {total} messages, cosigned by {vouched} of {len(facts.joined)} validators"
+        f"the last one covers {tree.size} of {formats.count(total, 'message')}, "
+        f"cosigned by {vouched} of {formats.count(len(facts.joined), 'validator')}"
     )
     return History(Step("heads", 0, number - 1, tuple(found), note), cuts, roots)
 
@@ -82,7 +84,9 @@ def _cosignatures(evidence: Evidence, number: int, checkpoint: Checkpoint) -> It
     signatures = {key: fact.message.signature for key, fact in evidence.facts.cosigned(number).items()}
     others = [key for key, line in signatures.items() if not cosigned_at(checkpoint, key, line)]
     if 2 * len(others) > len(evidence.facts.joined) > 1:
-        yield Difference("heads", f"run.{number}.head", f"{len(others)} validators cosigned another one")
+        yield Difference(
+            "heads", f"run.{number}.head", f"{formats.count(len(others), 'validator')} cosigned another one"
+        )
         return
     for key in others:
         where = f"run.{number}.cosigned.{key}"
@@ -99,7 +103,7 @@ def receipts(evidence: Evidence) -> Step:
             found.append(Difference("receipts", f"run.{len(given)}.received", "is of another log, or not signed"))
         inside = bisect_right(said, fact.message.last_sequence)
         if inside != given[-1].size:
-            what = f"is for {given[-1].size} messages; {inside} lie up to INGRESS {fact.message.last_sequence}"
+            what = f"is for {formats.count(given[-1].size, 'message')}; {inside} lie up to INGRESS {fact.message.last_sequence}"
             found.append(Difference("receipts", f"run.{len(given)}.received", what))
     roots = _ingress_roots(evidence, {receipt.size for receipt in given})
     for number, receipt in enumerate(given, start=1):
@@ -152,16 +156,16 @@ def _of_heads(history: History, checkpoint: Checkpoint) -> str:
         return ""
     last = max(history.roots, default=0)
     if checkpoint.size > last:
-        return f"it stands for {checkpoint.size} messages, the heads in this log for {last} at most"
-    return f"the log's first {checkpoint.size} messages are others here"
+        return f"it stands for {formats.count(checkpoint.size, 'message')}, the heads in this log for {last} at most"
+    return f"the log's first {formats.count(checkpoint.size, 'message')} are others here"
 
 
 def _of_ingress(roots: Mapping[int, bytes], checkpoint: Checkpoint) -> str:
     if roots.get(checkpoint.size) == checkpoint.root:
         return ""
     if checkpoint.size > max(roots):
-        return f"it stands for {checkpoint.size} messages of miners, INGRESS holds {max(roots)}"
-    return f"the first {checkpoint.size} messages of miners are others here"
+        return f"it stands for {formats.count(checkpoint.size, 'message')} of miners, INGRESS holds {max(roots)}"
+    return f"the first {formats.count(checkpoint.size, 'message')} of miners are others here"
 
 
 def _ingress_roots(evidence: Evidence, sizes: set[int]) -> dict[int, bytes]:

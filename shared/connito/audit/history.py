@@ -10,6 +10,7 @@ from connito.audit.evidence import Evidence
 from connito.protocol import progress
 from connito.protocol.bans import banned
 from connito.protocol.objective import reached
+from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.enums import name_of
@@ -156,7 +157,7 @@ def _version(evidence: Evidence, cycle: int) -> Iterator[Difference]:
         yield wrong("keeps the incumbent, but names another outer state")
     if unmoved == bool(version.merged) or len(version.merged) != len(version.weights):
         names = name_of(cycle_pb2.GateDecision, version.gate)
-        yield wrong(f"{names} with {len(version.merged)} merged and {len(version.weights)} weights")
+        yield wrong(f"{names} with {len(version.merged)} merged and {formats.count(len(version.weights), 'weight')}")
     if before is not None:
         left = {("", loss.domain): (loss.after, loss.tokens) for loss in before.losses}
         left |= {("gate ", loss.domain): (loss.after, loss.tokens) for loss in before.gate_losses}
@@ -183,7 +184,7 @@ def ending(evidence: Evidence) -> Step:
     completed = ended.outcome == run_pb2.RUN_OUTCOME_COMPLETED
     empty = ended.outcome == run_pb2.RUN_OUTCOME_NO_IMPROVEMENT
     if (completed and not enough) or (empty and not enough and not progress.hopeless(facts)):
-        what = f"ended after {len(done)} of {facts.spec.cycles} cycles"
+        what = f"ended after {len(done)} of {formats.count(facts.spec.cycles, 'cycle')}"
         found.append(Difference("ending", "run.0.ended", what))
     if (completed or empty) and empty == progress.merged_anything(facts):
         what = (

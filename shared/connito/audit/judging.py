@@ -17,6 +17,7 @@ from connito.protocol.scoring.evaluation import MAX_REPORT_BYTES
 from connito.protocol.scoring.own_work import leaning_of
 from connito.protocol.scoring.proof_of_loss import score_submission
 from connito.protocol.scoring.verdicts import agree, no_quorum, score_cycle, without
+from connito.render import formats
 from connito.v1 import cycle_pb2, reasons_pb2
 from connito.views.sentences import sentence
 from connito.wire.facts import RunFacts
@@ -130,7 +131,7 @@ def verdicts(evidence: Evidence, cycle: int) -> Step:
     spent = sum(verdict.reward for verdict in scored.verdicts) + scored.unallocated
     spent += sum(standing.reward for standing in scored.validators)
     if spent != facts.require_spec().emission:
-        what = f"rewards and the rest come to {spent} units; a cycle emits {facts.require_spec().emission}"
+        what = f"rewards and the rest come to {formats.count(spent, 'unit')}; a cycle emits {facts.require_spec().emission}"
         differences.append(Difference("verdicts", where, what, cycle))
     return Step("verdicts", cycle, len(scored.verdicts) + len(scored.validators), tuple(differences))
 
@@ -167,7 +168,10 @@ def _rejected(scored: cycle_pb2.CycleScored, reasons: Container[reasons_pb2.Reas
 def _differing(again: cycle_pb2.CycleScored, scored: cycle_pb2.CycleScored) -> Iterator[tuple[str, str]]:
     """Yield what differs in a cycle's result, with the miner whose verdict it is in."""
     if len(again.verdicts) != len(scored.verdicts):
-        yield "", f"verdicts: {len(again.verdicts)} entries recomputed, {len(scored.verdicts)} in the log"
+        yield (
+            "",
+            f"verdicts: {formats.count(len(again.verdicts), 'entry')} recomputed, {len(scored.verdicts)} in the log",
+        )
     for index, (one, other) in enumerate(zip(again.verdicts, scored.verdicts, strict=False)):
         yield from ((other.miner, what) for what in differing(one, other, path=f"verdicts[{index}]."))
     yield from (("", what) for what in differing(again, scored, ("verdicts",)))

@@ -15,6 +15,7 @@ from connito.errors import Invalid, NotFound
 from connito.protocol.assignment import assigned
 from connito.protocol.retention import horizon
 from connito.protocol.scoring.copies import REMEMBERED_CYCLES
+from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.views.sentences import detail_of
@@ -48,7 +49,9 @@ def find_miner(evidence: Evidence, wanted: SubmissionId) -> str:
     exact = [key for key, label in people.items() if wanted.miner in (key, label)]
     found = exact or [key for key in people if len(wanted.miner) >= 6 and key.startswith(wanted.miner)]
     if len(found) > 1:
-        raise Invalid(f"{len(found)} miners are called {wanted.miner!r}; give the key: {', '.join(found)}")
+        raise Invalid(
+            f"{formats.count(len(found), 'miner')} are called {wanted.miner!r}; give the key: {', '.join(found)}"
+        )
     if not found:
         raise NotFound(f"no miner of {wanted.run} is called {wanted.miner!r}; there are {', '.join(people.values())}")
     return found[0]

@@ -23,6 +23,7 @@ from connito.bus.streams import FACT_STREAMS
 from connito.errors import Invalid, VerificationFailed
 from connito.platform.datadir import DataDir, default_data_dir
 from connito.platform.session import Session
+from connito.render import formats
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store.cache import digest_of_file
@@ -132,7 +133,7 @@ async def _read_and(
     async with opened(options.folder, options.data_dir, files=options.files) as access:
         evidence = await access.evidence(run)
         wanted = choose(evidence)
-        options.say(f"{len(evidence.records)} messages read")
+        options.say(f"{formats.count(len(evidence.records), 'message')} read")
         artifacts = await access.artifacts(evidence, wanted, options.say) if options.files else Artifacts()
         return evidence, await asyncio.to_thread(work, evidence, artifacts)
 
@@ -182,7 +183,9 @@ async def _checked(run: str, path: Path, say: Notify) -> Sealed:
 def _refuse_faults(what: str, artifacts: Artifacts) -> None:
     if faults := artifacts.step().differences:
         first = f"{faults[0].where}: {faults[0].what}"
-        raise VerificationFailed(f"{len(faults)} artifacts of {what} are missing or damaged, first {first}")
+        raise VerificationFailed(
+            f"missing or damaged: {formats.count(len(faults), 'artifact')} of {what}, first {first}"
+        )
 
 
 def release(sealed: Sealed, data_dir: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from connito.bus.follow import CaughtUp
 from connito.errors import Invalid, Retry, VerificationFailed
+from connito.render import formats
 from connito.runtime.host import Disk
 from connito.runtime.progress import Notify
 from connito.service.unbegun import Unbegun
@@ -158,7 +159,7 @@ class Witness:
             if checkpoint.size < before.size:
                 return
             if (checkpoint.size, checkpoint.root) != (before.size, before.root):
-                raise Invalid(f"the log's first {before.size} messages are not those seen before")
+                raise Invalid(f"the log's first {formats.count(before.size, 'message')} are not those seen before")
             self._met.add(run)
             return
         self._met.add(run)
@@ -166,7 +167,7 @@ class Witness:
         self.disk.write(self._path(run), cosigned.note.encode())
         self._remembered[run] = cosigned
         self.cosigned += 1
-        self.tell(f"{run}: {cosigned.size} messages, root {cosigned.root.hex()[:16]}… cosigned")
+        self.tell(f"{run}: {formats.count(cosigned.size, 'message')}, root {cosigned.root.hex()[:16]}… cosigned")
 
     def _path(self, run: str) -> Path:
         return self.folder / f"{check_token(run, 'run id')}.checkpoint"

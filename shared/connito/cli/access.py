@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 if TYPE_CHECKING:
     from connito.platform.access import Access
@@ -277,7 +278,9 @@ def _reload(pid_file: Path | None) -> bool:
 
 def _next_steps(access: Access, document: dict[str, Any]) -> list[str]:
     folder, action = access.folder, document["action"]
-    lines = [f"{document['members']} keys and {document['miners']} admitted miners in {folder}"]
+    lines = [
+        f"{formats.count(document['members'], 'key')} and {formats.count(document['miners'], 'admitted miner')} in {folder}"
+    ]
     if action in ("enlist", "dismiss"):
         lines.append(f"give everybody {folder}/roster.json; services take it over by themselves")
     if action in ("add", "renew", "enlist"):

@@ -39,6 +39,9 @@ def archive(
         "run": run, "file": str(file), "sha256": sealed.digest, "bytes": sealed.bytes, "messages": sealed.messages,
         "objects": sealed.objects, "head": sealed.head, "released": release,
     }  # fmt: skip
-    what = f"{sealed.messages} messages and {sealed.objects} objects, {formats.size(sealed.bytes)}"
+    what = (
+        f"{formats.count(sealed.messages, 'message')} and "
+        f"{formats.count(sealed.objects, 'object')}, {formats.size(sealed.bytes)}"
+    )
     then = "; its windows were released from the streams" if release else ""
     emit(as_json, document, lambda: f"{file}: {what}, SHA-256 {sealed.digest}{then}")

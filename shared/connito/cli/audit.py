@@ -130,7 +130,7 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
         for row in document["checks"]
     ]
     lines = [table(("cycle", "check", "compared", "differ", "note"), rows), ""]
-    lines += [f"log {document['chain']['head']} over {document['messages']} messages"]
+    lines += [f"log {document['chain']['head']} over {formats.count(document['messages'], 'message')}"]
     lines += [
         f"  {difference['where']}: {difference['what']} ({difference['by']})" for difference in document["differences"]
     ]

@@ -9,6 +9,7 @@ import typer
 
 from connito.cli.audit import tell
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 from connito.runtime.progress import silent
 
 if TYPE_CHECKING:
@@ -63,5 +64,5 @@ def _document(done: Backup, folder: Path) -> dict[str, Any]:
 
 
 def _text(done: Backup) -> str:
-    beside = f", {len(done.files)} files beside them" if done.files else ""
-    return f"{len(done.streams)} streams and {len(done.objects)} objects{beside}"
+    beside = f", {formats.count(len(done.files), 'file')} beside them" if done.files else ""
+    return f"{formats.count(len(done.streams), 'stream')} and {formats.count(len(done.objects), 'object')}{beside}"

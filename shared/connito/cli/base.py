@@ -129,7 +129,8 @@ def _text(folder: Path, manifest: Manifest) -> str:
     stored = f", {manifest.quantised}" if manifest.quantised else ""
     lines = [f"{manifest.name} in {folder}: {formats.size(manifest.size)}{stored}, digest {manifest.digest}"]
     lines += [
-        f"  layer {layer:>3}: {count} experts of {formats.size(sizes[layer])}" for layer, count in experts.items()
+        f"  layer {layer:>3}: {formats.count(count, 'expert')} of {formats.size(sizes[layer])}"
+        for layer, count in experts.items()
     ]
     for what, names in zip(("files", "tensors"), left_alone(folder, manifest), strict=True):
         if names:

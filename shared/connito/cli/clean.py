@@ -53,8 +53,9 @@ def clean(
         as_json,
         document,
         lambda: (
-            f"{len(done.stale)} objects, {formats.size(stale)}, {verb}; {len(done.kept)}, {formats.size(kept)}, stay\n"
-            f"messages about {len(done.strays)} runs that do not exist {verb}"
+            f"{formats.count(len(done.stale), 'object')}, {formats.size(stale)}, "
+            f"{verb}; {len(done.kept)}, {formats.size(kept)}, stay\n"
+            f"messages about {formats.count(len(done.strays), 'unknown run')} {verb}"
         ),
     )
 
@@ -71,6 +72,7 @@ def _at_rest(data: DataDir, *, remove: bool, as_json: bool) -> None:
         as_json,
         document,
         lambda: (
-            f"{len(room.files)} copies and leftovers, {formats.size(room.bytes)}, {verb}; the store and the log stay"
+            f"{formats.count(len(room.files), 'copy')} and leftovers, "
+            f"{formats.size(room.bytes)}, {verb}; the store and the log stay"
         ),
     )

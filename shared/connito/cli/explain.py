@@ -51,7 +51,7 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     lines += _inputs(document["inputs"])
     if document["draw"] is not None:
         drawn = len(document["draw"]["validators"])
-        lines.append(f"seed        {document['draw']['seed']} from {drawn} validators")
+        lines.append(f"seed        {document['draw']['seed']} from {formats.count(drawn, 'validator')}")
         if len(document["draw"]["assigned"]) < drawn:
             lines.append(f"assigned    {', '.join(map(short_key, document['draw']['assigned']))}")
     lines += [line for report in document["reports"] for line in _report(report)]
@@ -67,7 +67,9 @@ def _text(document: dict[str, Any], evidence: Evidence) -> str:
     lines += [f"  {difference['where']}: {difference['what']}" for difference in document["differences"]]
     compared = sum(step["compared"] for step in document["checks"])
     same = document["result"] == "same"
-    lines.append(f"recomputed: {'same' if same else 'differs'} ({compared} comparisons, {evidence.run})")
+    lines.append(
+        f"recomputed: {'same' if same else 'differs'} ({formats.count(compared, 'comparison')}, {evidence.run})"
+    )
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -160,12 +161,32 @@ def report(
 
 
 def _printed(updates: Iterator[RunStatus], *, quiet: bool) -> Iterator[RunStatus]:
+    """Say of each version what it changed, and where the run stands; between two windows nothing is said twice."""
+    last = ["", ""]
     for status in updates:
-        if not quiet:
-            row = _row(status)
-            where = f"cycle {row['cycle']} of {row['cycles']}, {row['window']}" if row["window"] else row["detail"]
-            typer.echo(f"{row['run']}: {row['phase']}; {where}")
+        for place, line in enumerate(() if quiet else (_published(status), _stands(status))):
+            if not last[place].startswith(line):
+                typer.echo(f"{status.spec.run}: {line}")
+                last[place] = line
         yield status
+
+
+def _published(status: RunStatus) -> str:
+    """Return what the newest version changed on held-out text, its domain first; empty for the base."""
+    if not status.losses:
+        return ""
+    target, *others = status.losses
+    beside = f", general {mean(loss.after - loss.before for loss in others):+.4f}" if others else ""
+    merged = count(len(status.merged), "miner") if status.merged else "nobody"
+    loss = f"{target.domain} loss {target.before:.4f} → {target.after:.4f} nats per token{beside}"
+    return f"version {status.version}: {loss}; merged from {merged}"
+
+
+def _stands(status: RunStatus) -> str:
+    from connito.v1.services_pb2 import RunPhase
+
+    where = f"cycle {status.cycle} of {status.spec.cycles}, {status.window}" if status.window else status.detail
+    return f"{plain_name(RunPhase, status.phase)}; {where}"
 
 
 def _row(status: RunStatus) -> dict[str, Any]:
@@ -197,7 +218,7 @@ def _plain(value: Any) -> str:
 def _quote_text(made: Quote) -> str:
     memory, chosen = made.memory, sum(map(len, made.layers.values()))
     lines = [
-        f"{made.domain}: {chosen} of {made.total_experts} experts, in {len(made.layers)} layers",
+        f"{made.domain}: {chosen} of {count(made.total_experts, 'expert')}, in {count(len(made.layers), 'layer')}",
         (
             f"  upload      {size(made.upload)} a miner and cycle ({percent(made.upload / made.model)} of the model), "
             f"{size(made.upload * made.cycles)} over {count(made.cycles, 'cycle')}"
@@ -210,8 +231,9 @@ def _quote_text(made: Quote) -> str:
     if made.pilot is not None:
         pilot, trial = made.pilot, made.pilot.trials[-1]
         lines.append(
-            f"  pilot       {pilot.steps} steps: {trial.loss_before:.4f} → {trial.loss_after:.4f} nats per token "
-            f"(saved {pilot.gain:.4f}, {trial.low:.4f} to {trial.high:.4f}; {trial.sequences} sequences, {trial.tokens:,} tokens)"
+            f"  pilot       {count(pilot.steps, 'step')}: {trial.loss_before:.4f} → {trial.loss_after:.4f} nats per token "
+            f"(saved {pilot.gain:.4f}, {trial.low:.4f} to {trial.high:.4f}; "
+            f"{count(trial.sequences, 'sequence')}, {count(trial.tokens, 'token')})"
         )
     needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
     lines.append(f"  cycles      at most {made.cycles}; {needed}")
@@ -219,7 +241,7 @@ def _quote_text(made: Quote) -> str:
         lines.append(
             f"  time        about {duration(made.seconds)} for {count(made.cycles, 'cycle')}, from {made.seconds_from}"
         )
-    lines.append(f"  rewards     at most {made.emission:,} units")
+    lines.append(f"  rewards     at most {count(made.emission, 'unit')}")
     return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
 
 

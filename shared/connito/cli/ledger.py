@@ -8,6 +8,7 @@ import typer
 
 from connito.cli.audit import FromOption
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 
 def ledger(
@@ -34,6 +35,6 @@ def _text(document: dict[str, Any]) -> str:
     rows = [[entry[header] for header in headers] for entry in document["entries"]]
     return (
         table(headers, rows, "no cycle has been paid yet")
-        + f"\n\n{document['emission']} units a cycle, by {document['payout'] or 'rank-table'}"
+        + f"\n\n{formats.count(document['emission'], 'unit')} a cycle, by {document['payout'] or 'rank-table'}"
         + ("; every unit is accounted for" if document["conserved"] else "")
     )

@@ -9,6 +9,7 @@ import typer
 
 from connito.cli.audit import FromOption
 from connito.cli.output import DataDirOption, JsonFlag, emit, table
+from connito.render import formats
 
 app = typer.Typer(no_args_is_help=True, help="A run's ledger for whoever pays: signed files, weights of a subnet.")
 Run = Annotated[str, typer.Argument(help="The run's id.")]
@@ -34,7 +35,9 @@ def export(
 
     document = payouts.export(run, file, key, folder, data_dir)
     emit(
-        as_json, document, lambda: f"{file}: {document['rows']} rows, signed by {document['signer']} in {file.name}.sig"
+        as_json,
+        document,
+        lambda: f"{file}: {formats.count(document['rows'], 'row')}, signed by {document['signer']} in {file.name}.sig",
     )
 
 
@@ -94,6 +97,7 @@ def weights(
     document = hotkeys.weights(run, (first, last), bindings, metagraph, max_weight, min_allowed, folder, data_dir)
     rows = [*zip(document["uids"], document["units"], document["weights"], strict=True)]
     left = "".join(
-        f"\nleft out, without a UID: {miner}, {units} units" for miner, units in document["left_out"].items()
+        f"\nleft out, without a UID: {miner}, {formats.count(units, 'unit')}"
+        for miner, units in document["left_out"].items()
     )
     emit(as_json, document, lambda: table(("uid", "units", "weight"), rows) + left)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 
 def replay(
@@ -23,7 +24,7 @@ def replay(
     emit(
         as_json,
         document,
-        lambda: "\n".join([*map(_line, rows), f"{len(rows)} messages, {document['invalid']} invalid"]),
+        lambda: "\n".join([*map(_line, rows), f"{formats.count(len(rows), 'message')}, {document['invalid']} invalid"]),
     )
 
 

@@ -94,13 +94,15 @@ def _by_domain(entries: list[str]) -> dict[str, list[Path]]:
 
 def _text(chosen: Selection) -> str:
     seen = chosen.diagnostics
-    lines = [f"{chosen.method} at p = {chosen.threshold:g}: {chosen.selected} of {chosen.total} experts"]
+    lines = [
+        f"{chosen.method} at p = {chosen.threshold:g}: {chosen.selected} of {formats.count(chosen.total, 'expert')}"
+    ]
     lines.append(f"  {formats.percent(chosen.mass)} of the domain's routing in the layers they are in")
     for layer, experts in sorted(chosen.layers.items()):
         scores = chosen.scores[layer]
         lines.append(f"  layer {layer:>3}: " + ", ".join(f"{e} ({scores[e]:.4f})" for e in experts))
     for name, layers in chosen.domains.items():
-        lines.append(f"  {name}: {sum(map(len, layers.values()))} experts")
+        lines.append(f"  {name}: {formats.count(sum(map(len, layers.values())), 'expert')}")
     for conflict in seen.get("conflicts", []):
         wanted = ", ".join(f"{name} {score:.4f}" for name, score in conflict["scores"].items())
         to = " and ".join(conflict["to"])

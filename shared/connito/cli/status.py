@@ -68,7 +68,7 @@ def _text(document: dict[str, Any]) -> str:
             (row["miner"], row["status"], row["reason"], row["utility"], row["rank"], row["reward"])
             for row in cycle["submissions"]
         ]
-        losses = f"target {cycle['target_loss_before']:.4f} → {cycle['target_loss_after']:.4f}"
+        losses = f"loss {cycle['target_loss_before']:.4f} → {cycle['target_loss_after']:.4f} nats per token"
         merged = ", ".join(cycle["merged"]) or "nobody"
         parts += ["", f"cycle {cycle['cycle']}: {losses}, gate {cycle['gate']}, merged {merged}"]
         parts.append(table(("miner", "status", "reason", "utility", "rank", "reward"), rows))

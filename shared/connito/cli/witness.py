@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 from connito.runtime.progress import silent
 
 
@@ -60,7 +61,9 @@ def witness(
     emit(
         as_json,
         document,
-        lambda: f"{signer.public} cosigned {seen.cosigned} new heads; what it remembers is in {folder}",
+        lambda: (
+            f"{signer.public} cosigned {formats.count(seen.cosigned, 'new head')}; what it remembers is in {folder}"
+        ),
     )
     seen.check()
 

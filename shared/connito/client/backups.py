@@ -24,6 +24,7 @@ from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.files import replacing, write_durably
 from connito.platform.datadir import DataDir
 from connito.platform.session import Session
+from connito.render import formats
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
@@ -111,7 +112,7 @@ async def save(
         raise Invalid(f"cannot write a backup into {folder}: {error.strerror}") from error
     saved = {}
     for name, last in ends.items():
-        say(f"copying stream {name}, {last} messages")
+        say(f"copying stream {name}, {formats.count(last, 'message')}")
         file = folder / place / f"{name}.snapshot"
         copied = await snapshots.save(bus, name, file)
         saved[name] = SavedStream(f"{place}/{name}.snapshot", digest_of_file(file)[0], last, copied)
@@ -179,7 +180,7 @@ async def load(
         await asyncio.gather(*(_store(store, folder / "objects", key, found.objects[key]) for key in some))
     await snapshots.make_room(bus, [*found.streams])
     for name, saved in found.streams.items():
-        say(f"restoring stream {name}, {saved.last_sequence} messages")
+        say(f"restoring stream {name}, {formats.count(saved.last_sequence, 'message')}")
         await snapshots.load(bus, name, folder / saved.file, saved.copied, saved.last_sequence, replicas)
     await streams.ensure(bus.js, replicas or next(iter(found.streams.values())).copied.config["num_replicas"])
     if data is not None:

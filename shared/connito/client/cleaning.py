@@ -16,6 +16,7 @@ from connito.errors import Invalid, NotFound, VerificationFailed
 from connito.platform.log import read_log
 from connito.platform.session import Session
 from connito.protocol.retention import horizon
+from connito.render import formats
 from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
@@ -78,9 +79,9 @@ async def collect(
     """Do what `clean` does, over connections that there are."""
     # First the store, then the log: what is named in between was stored before.
     objects = await store.objects()
-    say(f"{len(objects)} objects in the store")
+    say(f"{formats.count(len(objects), 'object')} in the store")
     named, expired, unopened = await _named(bus, roster, store)
-    say(f"{len(named)} artifacts are named")
+    say(f"{formats.count(len(named), 'artifact')} named")
     stale = [
         one
         for one in objects

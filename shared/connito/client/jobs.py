@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from connito.client.connection import Connection
 from connito.errors import Invalid, NotFound
+from connito.render import formats
 from connito.runtime.extras import extras_named
 from connito.runtime.progress import Progress, below_the_cell
 from connito.v1 import services_pb2
@@ -111,7 +112,7 @@ class Jobs:
         if not found:
             raise NotFound(f"no miner's key begins with {key!r}; `connito job show RUN` lists them")
         if len(found) > 1:
-            raise Invalid(f"{len(found)} miners' keys begin with {key!r}; give more of it")
+            raise Invalid(f"the keys of {formats.count(len(found), 'miner')} begin with {key!r}; give more of it")
         return found[0]
 
     def _create(self, spec: RunSpec) -> str:

@@ -24,6 +24,7 @@ from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.evaluate import Evaluator
+from connito.render import formats
 from connito.runtime.progress import tell
 
 
@@ -93,7 +94,9 @@ def compose(
     options, library = options or ComposeOptions(), library or Holdings()
     found = [library.find(str(name)) for name in experts]
     if options.weights and len(options.weights) != len(found):
-        raise Invalid(f"{len(options.weights)} weights for {len(found)} experts: give one each")
+        raise Invalid(
+            f"{formats.count(len(options.weights), 'weight')} for {formats.count(len(found), 'expert')}: give one each"
+        )
     permission = library.permit(found, "compose", options.agreement)
     recipe = Recipe("sum" if options.learn else options.method, options.density)
     if options.learn:

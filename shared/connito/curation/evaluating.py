@@ -26,6 +26,7 @@ from connito.experts.harness import score as rated
 from connito.experts.load import load_expert
 from connito.library.artifact import EXPERT_FILE
 from connito.moe.device import device_of
+from connito.render import formats
 
 # Words of a passage that are given, and that are continued.
 GIVEN, CONTINUED, CHOICES = 40, 15, 4
@@ -95,7 +96,8 @@ def _cloze(name: str, path: Path, scratch: Path) -> Path:
     ]
     if len(passages) < 2 * CHOICES:
         raise Invalid(
-            f"{path} has {len(passages)} passages of {GIVEN + CONTINUED} words, too few for a task: give more text"
+            f"{path} has {formats.count(len(passages), 'passage')} of "
+            f"{GIVEN + CONTINUED} words, too few for a task: give more text"
         )
     draw, items = random.Random(f"connito.cloze:{name}"), []
     for number, passage in enumerate(passages):

@@ -18,6 +18,7 @@ from connito.library.artifact import EXPERT_FILE
 from connito.library.hits import Hit, Ranked, rank
 from connito.moe.device import device_of
 from connito.moe.rows import base_digests, fingerprint
+from connito.render import formats
 from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def rank_by_example(
         part = read_part(folder)
         if _fits(model, part, digests):
             parts[hit.expert_id] = replace(part, name=hit.expert_id)
-    tell(f"predicting what {len(parts)} experts save")
+    tell(f"predicting the gain of {formats.count(len(parts), 'expert')}")
     predicted = predict_savings(model, list(parts.values()), sequences)
     best = sorted(predicted, key=lambda name: (-predicted[name], name))[:count]
     tell(f"measuring the best {len(best)}")

@@ -16,6 +16,7 @@ from connito.library.derived import base_of
 from connito.library.governance import Permission
 from connito.library.schema import ExpertRecord
 from connito.library.shelf import check_expert
+from connito.render import formats
 from connito.wire.roster import Roster
 
 FORMATS = ("delta", "hf", "hf-hub", "gguf")
@@ -86,7 +87,7 @@ def _verify_model(folder: Path, base: Path | None, library: Holdings) -> list[st
     from connito.experts.export import verify_export, verify_insertion
 
     record = verify_export(folder, base)
-    done = [f"{len(record['files'])} files have their recorded digests"]
+    done = [f"recorded digests hold for {formats.count(len(record['files']), 'file')}"]
     if base is not None and not (folder / MODEL_FILE).is_file():
         raise Invalid("a GGUF file is not compared with a base: verify the same expert exported with --format hf")
     if base is not None and record["verb"] == "export" and "derived" in record:
@@ -105,10 +106,13 @@ def _verify_on(expert: Expert, base: Path, library: Holdings) -> str:
     model, parents = load_full(base), record.get("derived", {}).get("parents", [])
     if parents:
         verify_composition(model, folder, [library.find(parent["expert_id"]) for parent in parents])
-        return f"recomputed from its {len(parents)} parents, bit for bit"
+        return f"recomputed from its {formats.count(len(parents), 'parent')}, bit for bit"
     loaded = load_expert(model, folder)
     loaded.remove()
-    return f"in the base it changes {len(loaded.changed)} rows and nothing else, and leaves no trace when removed"
+    return (
+        f"in the base it changes {formats.count(len(loaded.changed), 'row')} "
+        f"and nothing else, and leaves no trace when removed"
+    )
 
 
 def _whole(expert: Expert, base: Path, out: Path, layout: str) -> ExpertRecord:

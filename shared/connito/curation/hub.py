@@ -23,6 +23,7 @@ from connito.library.card import render
 from connito.library.governance import governance
 from connito.library.record import encode
 from connito.library.schema import read_record
+from connito.render import formats
 from connito.runtime.extras import extras_named
 from connito.runtime.progress import tell
 
@@ -70,7 +71,7 @@ def push(
             api.create_branch(repository, branch=revision, exist_ok=True)
         changed = _carded(folder, str(record.get("license", "")))
         files = sorted({CARD_FILE, *(path.name for path in folder.iterdir() if path.is_file())})
-        tell(f"uploading {len(files)} files to {repository}")
+        tell(f"uploading {formats.count(len(files), 'file')} to {repository}")
         done = api.create_commit(
             repository,
             [CommitOperationAdd(name, changed.get(name, str(folder / name))) for name in files],

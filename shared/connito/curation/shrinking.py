@@ -29,6 +29,7 @@ from connito.library.schema import Base, ExpertRecord
 from connito.moe.device import device_of
 from connito.moe.layout import require_moe_layers
 from connito.moe.rows import read_rows, write_rows
+from connito.render import formats
 from connito.runtime.progress import tell
 
 if TYPE_CHECKING:
@@ -179,7 +180,11 @@ def _prune(loaded: _Loaded, out: Path, options: PruneOptions) -> ExpertRecord:
     settings: dict[str, Any] = {"method": options.method, **budget, "data": digests(loaded.source.data)}
     # Before anything is trained: what is tuned stands in the model afterwards.
     measured = {"full": loss(model, loaded.held_out)}
-    tell("choosing the experts that stay" if not options.steps else f"training for {options.steps} steps, and choosing")
+    tell(
+        "choosing the experts that stay"
+        if not options.steps
+        else f"training for {formats.count(options.steps, 'step')}, and choosing"
+    )
     if options.method == "task":
         keep = _for_task(loaded, options.steps, settings)
     else:

@@ -14,6 +14,7 @@ import numpy as np
 from connito.data.encoding import encoder_of
 from connito.data.reading.texts import read_texts
 from connito.errors import Invalid
+from connito.render import formats
 from connito.runtime.progress import tell
 from connito.wire.hashing import hash_fields
 
@@ -31,7 +32,9 @@ def cut_sequences(tokenizer: Any, texts: Sequence[Path]) -> npt.NDArray[Any]:
         ids.extend([*encoder_of(tokenizer).encode([text])[0], tokenizer.eos_token_id])
     length = min(LENGTH + 1, len(ids) // 2)
     if length < 8:
-        raise Invalid(f"{', '.join(map(str, texts))} hold {len(ids)} tokens, too few to measure on: give more text")
+        raise Invalid(
+            f"{', '.join(map(str, texts))} hold {formats.count(len(ids), 'token')}, too few to measure on: give more text"
+        )
     return np.asarray(ids[: len(ids) // length * length], dtype=np.int32).reshape(-1, length)
 
 

@@ -171,7 +171,7 @@ def _coverage(job: Job, spec: RunSpec, corpora: Corpora) -> Finding:
     miners, cycles = max(1, job.people.miners), spec.cycles
     read = planned(spec, miners, cycles, len(corpora.train.tokens))
     planned_for = f"{formats.count(cycles, 'cycle')} of {formats.count(miners, 'miner')}"
-    detail = f"{planned_for} read {read}; they pay out {spec.emission * cycles:,} reward units at most"
+    detail = f"{planned_for} read {read}; they pay out {formats.count(spec.emission * cycles, 'reward unit')} at most"
     numbers = {"read": read.read, "there": read.there, "share": read.share, "emission": spec.emission * cycles}
     if read.share >= LITTLE_READ:
         return Finding("coverage", "ok", detail, "", numbers)

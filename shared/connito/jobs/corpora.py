@@ -141,7 +141,7 @@ def _chats(laid: Laid) -> list[Finding]:
     if not laid.conversations and not lost:
         return []
     numbers = {**vars(laid), "skipped": dict(laid.skipped)}
-    detail = f"{laid.conversations} conversations by {laid.template}"
+    detail = f"{formats.count(laid.conversations, 'conversation')} by {laid.template}"
     if laid.read:
         share = formats.percent(laid.learned / laid.read, 0)
         detail += f", {share} of their tokens are the assistant's and are learned"
@@ -183,14 +183,18 @@ def _enough(part: str, corpus: Corpus, length: int, wanted: int) -> Finding:
     rows = tokens // (length + 1)
     numbers = {"tokens": len(corpus.tokens), "documents": corpus.documents, "sequences": rows}
     needed = 2 if part.startswith("benchmark") else 1
-    detail = f"{part}: {corpus.documents} documents, {len(corpus.tokens)} tokens, {rows} sequences of {length}"
+    detail = (
+        f"{part}: {formats.count(corpus.documents, 'document')}, "
+        f"{formats.count(len(corpus.tokens), 'token')}, {formats.count(rows, 'sequence')} of {length}"
+    )
     if rows < needed:
         missing = needed * (length + 1) - tokens
-        remedy = f"add about {missing} tokens of text, or lower policies.training.sequence_length"
+        remedy = f"add about {formats.count(missing, 'token')} of text, or lower policies.training.sequence_length"
         return Finding("size", "error", f"{detail}; {needed} needed", remedy, numbers)
     if rows < wanted:
         remedy = (
-            f"a miner reads {wanted} sequences a cycle and sees this text again; more text helps more than more cycles"
+            f"a miner reads {formats.count(wanted, 'sequence')} a cycle "
+            f"and sees this text again; more text helps more than more cycles"
         )
         return Finding("size", "warning", detail, remedy, numbers)
     return Finding("size", "ok", detail, "", numbers)
@@ -210,7 +214,10 @@ def _holdout(corpus: Corpus, spec: RunSpec, domain: str) -> Finding:
         return Finding("size", "error", f"hold-out of {domain}: {error}", remedy, numbers)
     uses = {"score": len(parts.score), "gate": len(parts.gate), "report": len(parts.report)}
     what = ", ".join(f"{count} to {use}" for use, count in uses.items())
-    detail = f"hold-out of {domain}: {corpus.documents} documents, {len(corpus.tokens)} tokens; sequences: {what}"
+    detail = (
+        f"hold-out of {domain}: {formats.count(corpus.documents, 'document')}, "
+        f"{formats.count(len(corpus.tokens), 'token')}; sequences: {what}"
+    )
     return Finding("size", "ok", detail, "", {**numbers, **uses})
 
 
@@ -224,7 +231,8 @@ def _lengths(corpus: Corpus, length: int) -> list[Finding]:
         "longest": int(sizes[-1]), "longer_than_a_sequence": cut,
     }  # fmt: skip
     detail = (
-        f"documents have {numbers['shortest']} to {numbers['longest']} tokens, half of them at most {numbers['median']:g}; "
+        f"documents have {numbers['shortest']} to {numbers['longest']} tokens, "
+        f"half of them at most {numbers['median']:g}; "
         f"{formats.percent(cut, 0)} are longer than a sequence of {length} and are read in pieces"
     )
     return [Finding("length", "ok", detail, "", numbers)]

@@ -67,7 +67,11 @@ def _bounded(length: int, spec: RunSpec, context: JobContext, held: Mapping[str,
     """Return the length within the bounds of the base and of the held-out text, and what bounds it."""
     why, positions = "", positions_of(context)
     if length > (most := min(LONGEST, positions or LONGEST)):
-        why = f"the base has {positions} positions" if most == positions else "longer ones have to be asked for"
+        why = (
+            f"the base has {formats.count(positions, 'position')}"
+            if most == positions
+            else "longer ones have to be asked for"
+        )
         length = max(STEP, most // STEP * STEP)
     while length > STEP and not _scores(length, spec, held):
         length, why = max(STEP, length // 2 // STEP * STEP), "of how much text is held out"

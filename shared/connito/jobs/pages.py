@@ -41,7 +41,7 @@ def _head(document: Document) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| expert | `{expert['expert_id']}`, {expert['bytes']:,} bytes, {expert['parameters']:,} parameters |",
+        f"| expert | `{expert['expert_id']}`, {expert['bytes']:,} bytes, {formats.count(expert['parameters'], 'parameter')} |",
         f"| SHA-256 | `{expert['digest']}` |",
         f"| base | `{document['base']['name']}`, manifest `{document['base']['manifest']}` |",
         f"| licence | {document['license'] or 'not stated'} |",
@@ -96,7 +96,7 @@ def _words(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield (
             f"| {row['domain']} | {row['what']} | {formats.percent(row['before'])} | {formats.percent(row['after'])} "
             f"| {100 * row['change']:+.1f} | {100 * row['low']:+.1f} to {100 * row['high']:+.1f} "
-            f"| {row['count']:,} in {row['texts']} texts |"
+            f"| {row['count']:,} in {formats.count(row['texts'], 'text')} |"
         )
 
 
@@ -164,7 +164,8 @@ def _changed(document: Document) -> str:
         "## What changed",
         "",
         (
-            f"{chosen['selected']} of {chosen['total']} routed experts, {share} of the model's parameters. Every "
+            f"{chosen['selected']} of {formats.count(chosen['total'], 'routed expert')}, "
+            f"{share} of the model's parameters. Every "
             "other tensor is the base's, bit for bit."
         ),
         "",

@@ -208,7 +208,7 @@ def _retention(checked: Checked, pilot: Pilot | None) -> list[Finding]:
     tried = ", ".join(
         f"{trial.replay:g}: {trial.general:+.4f} ({'holds' if trial.retained else 'forgets'})" for trial in pilot.trials
     )
-    rests = f"on {last.general_sequences} sequences, {last.general_tokens:,} tokens"
+    rests = f"on {formats.count(last.general_sequences, 'sequence')}, {formats.count(last.general_tokens, 'token')}"
     detail = f"change of general loss by share of replay {tried}, {rests}; {margin:g} nats per token are allowed"
     numbers = {"trials": [asdict(trial) for trial in pilot.trials], "margin": margin}
     if pilot.retained:
@@ -233,14 +233,20 @@ def _budget(checked: Checked, made: Quote) -> list[Finding]:
         found.append(Finding("budget", "error", detail, remedy, numbers))
     wanted, pilot = checked.job.objective.improvement, made.pilot
     if wanted and pilot is not None and pilot.low > 0 and (made.cycles_needed or math.inf) > made.cycles:
-        reach = made.cycles_needed if made.cycles_needed is not None else "more cycles than any number"
+        reach = (
+            "more cycles than there are" if made.cycles_needed is None else formats.count(made.cycles_needed, "cycle")
+        )
         detail = (
-            f"{wanted:g} nats per token would take {reach} cycles at the pilot's {pilot.gain:.4f} a cycle; the job has "
+            f"{wanted:g} nats per token would take {reach} "
+            f"at the pilot's {pilot.gain:.4f} a cycle; the job has "
             f"{made.cycles}"
         )
         found.append(Finding("objective", "warning", detail, "allow more cycles, or ask for less"))
     if pilot is not None and pilot.low <= 0:
-        detail = f"one miner's {pilot.steps} steps change the hold-out by {-pilot.gain:+.4f} nats per token, which may be chance"
+        detail = (
+            f"the pilot of {formats.count(pilot.steps, 'step')} changes the "
+            f"hold-out by {-pilot.gain:+.4f} nats per token, which may be chance"
+        )
         remedy = (
             "raise policies.training.local_steps or learning_rate, or give more text; several miners together see more"
         )

@@ -15,6 +15,7 @@ from connito.library.governance import VISIBILITIES
 from connito.protocol.policy.choices import ENROLMENT
 from connito.protocol.policy.law import MAX_CYCLES, MAX_EMISSION, MAX_TEXT, choice, number
 from connito.protocol.policy.profiles import PLATFORM, PROFILES
+from connito.render import formats
 from connito.render.formats import SHOWN, shown
 from connito.v1 import reasons_pb2 as reasons
 from connito.v1.run_pb2 import RunSpec
@@ -241,7 +242,9 @@ def _check_nodes(file: Path, root: yaml.Node | None) -> None:
             continue
         if isinstance(node.value, str):
             if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
-                raise _bad(f"{file}: the number in line {node.start_mark.line + 1} has {len(node.value)} characters")
+                raise _bad(
+                    f"{file}: the number in line {node.start_mark.line + 1} has {formats.count(len(node.value), 'character')}"
+                )
             continue
         known.add(node)
         todo += [row[1] if isinstance(row, tuple) else row for row in node.value]

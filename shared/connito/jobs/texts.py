@@ -100,7 +100,7 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
             for document in read_source(source, number, reading, reach):
                 found.append(spool.append(document))
                 if len(found) % _TOLD == 0:
-                    texts.progress(f"reading {source.label}: {len(found)} documents", _READING)
+                    texts.progress(f"reading {source.label}: {formats.count(len(found), 'document')}", _READING)
         except (Invalid, OSError) as error:
             texts.note(
                 "reach", "error", f"{what}: {reading.shown(str(error))}", "correct the path, the template or the file"
@@ -113,7 +113,7 @@ def _read_all(texts: Texts, what: str, sources: Sequence[Source], root: Path) ->
             detail = f"{what}: {reach.label} holds no text ({account})"
             texts.note("reach", "error", detail, "fill it, or take it out of the job", **numbers)
             continue
-        detail = f"{what}: {reach.label}: {account}, {reach.characters} characters"
+        detail = f"{what}: {reach.label}: {account}, {formats.count(reach.characters, 'character')}"
         lost = account.empty + sum(count for reason, count in account.dropped.items() if reason.startswith("rows"))
         level = "warning" if lost > account.rows / 10 else "ok"
         remedy = "look at the template and the rows: many give no text" if level == "warning" else ""
@@ -132,7 +132,7 @@ def _as_passages(texts: Texts, rows: Records[Document]) -> Records[Document]:
         found.extend(spool.append(replace(row, text=part.strip())) for part in parts)
     if len(found) == len(rows):
         return rows
-    cut = f"{formats.count(len(rows), 'row')} of data, cut into {len(found)} passages as plain text is"
+    cut = f"{formats.count(len(rows), 'row')} of data, cut into {formats.count(len(found), 'passage')} as plain text is"
     texts.note("reach", "ok", cut, rows=len(rows), passages=len(found))
     return Records(spool, found)
 
@@ -153,7 +153,7 @@ def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Record
     """Keep the first of equal or nearly equal documents; say how many fell within and across sources."""
     if not documents:
         return documents
-    texts.progress(f"comparing {len(documents)} documents", _COMPARING)
+    texts.progress(f"comparing {formats.count(len(documents), 'document')}", _COMPARING)
     unique = deduplicate(documents.mapped(_text))
     within, across = Counter[int](), Counter[int]()
     for index, twin in unique.twin.items():
@@ -165,7 +165,10 @@ def _deduplicate(texts: Texts, job: Job, documents: Records[Document]) -> Record
         for number, source in enumerate(job.data)
         if within[number] or across[number]
     ]
-    detail = f"{lost} of {len(documents)} documents repeat another one ({unique.exact} exactly, {unique.near} nearly)"
+    detail = (
+        f"{lost} of {formats.count(len(documents), 'document')} repeat "
+        f"another one ({unique.exact} exactly, {unique.near} nearly)"
+    )
     if per_source:
         detail += "; " + "; ".join(per_source)
     numbers: dict[str, float] = {
@@ -227,13 +230,16 @@ def _decontaminate(texts: Texts, job: Job) -> None:
         texts.train, texts.probe = _without(texts.train, documents), _without(texts.probe, documents)
         dropped, share = before - len(texts.train) - len(texts.probe), len(hit) / len(documents)
         numbers: dict[str, float | list[str]] = {"share": share, "found": len(hit), "dropped": dropped}
-        detail = f"{len(hit)} of the {len(documents)} documents of the {name} also occur in the training data"
+        detail = f"{len(hit)} of the {formats.count(len(documents), 'document')} of the {name} also occur in the training data"
         if given and share > TOLERATED and job.contamination == "refuse":
             examples = [documents[index].where for index in hit[:_EXAMPLES]]
             remedy = f"take them out of one of the two (first: {', '.join(examples)}), or write `contamination: drop`"
             texts.note("contamination", "error", detail, remedy, **numbers, examples=examples)
         elif dropped > before / 2:
-            left = f"{dropped} of {before} training documents were dropped, which share most of their text with held-out ones"
+            left = (
+                f"{dropped} of {formats.count(before, 'training document')} were dropped, "
+                "which share most of their text with held-out ones"
+            )
             remedy = (
                 f"{left}: take out what documents have in common (headers, templates), or name a `holdout` of your own"
             )
@@ -241,7 +247,7 @@ def _decontaminate(texts: Texts, job: Job) -> None:
                 "contamination", "warning" if texts.train and texts.probe else "error", detail, remedy, **numbers
             )
         else:
-            remedy = f"{dropped} training documents were dropped" if dropped else ""
+            remedy = f"dropped {formats.count(dropped, 'training document')}" if dropped else ""
             texts.note("contamination", "warning" if given and hit else "ok", detail, remedy, **numbers)
 
 
@@ -256,7 +262,7 @@ def _read_task(texts: Texts, benchmark: Benchmark, root: Path) -> None:
         return
     texts.tasks.append(task)
     metrics = ", ".join(str(metric["metric"]) for metric in task.metrics)
-    detail = f"benchmark {task.name}: {len(task.items)} items of {task.kind}, scored by {metrics}"
+    detail = f"benchmark {task.name}: {formats.count(len(task.items), 'item')} of {task.kind}, scored by {metrics}"
     texts.note("task", "ok", detail, items=len(task.items))
 
 
@@ -271,13 +277,22 @@ def _without_tasks(texts: Texts, job: Job) -> None:
         texts.train, texts.probe = _apart(texts.train, task), _apart(texts.probe, task)
         dropped, share = before - len(texts.train) - len(texts.probe), len(hit) / len(task.items)
         numbers: dict[str, float | list[int]] = {"share": share, "found": len(hit), "dropped": dropped}
-        detail = f"{len(hit)} of the {len(task.items)} items of the task {task.name} share a run of words with the training data"
+        detail = (
+            f"{len(hit)} of the {formats.count(len(task.items), 'item')} of "
+            f"the task {task.name} share a run of words with the training data"
+        )
         if share > TOLERATED and job.contamination == "refuse":
             first = ", ".join(str(place + 1) for place in hit[:_EXAMPLES])
             remedy = f"take them out of one of the two (first: items {first}), or write `contamination: drop`"
             texts.note("contamination", "error", detail, remedy, **numbers, examples=hit[:_EXAMPLES])
         else:
-            texts.note("contamination", "warning", detail, f"{dropped} training documents were dropped", **numbers)
+            texts.note(
+                "contamination",
+                "warning",
+                detail,
+                f"dropped {formats.count(dropped, 'training document')}",
+                **numbers,
+            )
 
 
 def _apart(documents: Documents, task: Task) -> Documents:
@@ -291,7 +306,10 @@ def _overlap(texts: Texts) -> None:
         hit = contaminated(_texts(documents), _texts(texts.holdout)) if documents else []
         if hit:
             share = len(hit) / len(documents)
-            detail = f"{len(hit)} of the {len(documents)} documents of the benchmark {name} are also in the hold-out"
+            detail = (
+                f"{len(hit)} of the {formats.count(len(documents), 'document')} "
+                f"of the benchmark {name} are also in the hold-out"
+            )
             level = "warning" if share > TOLERATED else "ok"
             remedy = (
                 "that part of it measures the same thing twice; use text of another source" if level != "ok" else ""

@@ -14,6 +14,7 @@ from connito.library.artifact import CARD_FILE, MODEL_FILE, MODEL_FORMAT
 from connito.library.governance import TERMS, governance
 from connito.library.plots import EXPERTS, LOSSES, plots
 from connito.library.schema import Contributor, ExpertRecord, Loss, Score, Start, Version
+from connito.render import formats
 
 _CARD = """\
 ---
@@ -222,7 +223,7 @@ def _maker(record: ExpertRecord) -> str:
     if "derived" in record:
         return f"`{record['derived']['verb']}`, {record['created']}"
     count = len(record["lineage"])
-    versions = "1 version" if count == 1 else f"{count} versions"
+    versions = formats.count(count, "version")
     return f"run `{record['run']}`, {versions}, finished {record['created']}"
 
 

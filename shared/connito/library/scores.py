@@ -7,6 +7,7 @@ from typing import cast
 
 from connito.errors import Invalid
 from connito.library.schema import ExpertRecord, Score
+from connito.render import formats
 from connito.v1.run_pb2 import BenchmarkScore, BenchmarksMeasured, RunPaused
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
@@ -96,7 +97,7 @@ def line(rows: Sequence[Score]) -> str:
     """Return the first score of each benchmark and task as a few words; empty for none."""
     first = {row["name"]: row for row in reversed(rows)}
     return "; ".join(
-        f"{row['name']} {row['metric']} {row['before']:.3f} → {row['after']:.3f} ({row['items']} items)"
+        f"{row['name']} {row['metric']} {row['before']:.3f} → {row['after']:.3f} ({formats.count(row['items'], 'item')})"
         for row in rows
         if first[row["name"]] is row
     )

@@ -88,7 +88,7 @@ class _Links:
 def _links(apis: Connection, facts: RunFacts, me: str) -> tuple[_Links | None, Check]:
     name = f"run {facts.run}"
     spec = facts.require_spec()
-    told = f"{spec.domain} on {spec.base.name}, cycle {facts.cycle} of {spec.cycles}, {len(facts.miners)} miners"
+    told = f"{spec.domain} on {spec.base.name}, cycle {facts.cycle} of {spec.cycles}, {formats.count(len(facts.miners), 'miner')}"
     if not facts.is_enrolled(me):
         return None, Check(name, True, f"{told}; not enrolled yet, `connito miner run` does that")
     try:
@@ -203,7 +203,9 @@ def _pays(facts: RunFacts) -> Check:
     name, policy = f"reward of {facts.run}", facts.require_spec().rewards
     emission = facts.require_spec().emission
     if not results:
-        return Check(name, True, f"{emission} units a cycle are shared out; no cycle has been paid yet")
+        return Check(
+            name, True, f"{formats.count(emission, 'unit')} a cycle are shared out; no cycle has been paid yet"
+        )
     verdicts = [verdict for scored in results for verdict in scored.verdicts]
     useful = [v for v in verdicts if v.status == cycle_pb2.VERDICT_STATUS_MERGED]
     paid = sum(verdict.reward for verdict in verdicts) / max(len(verdicts), 1)

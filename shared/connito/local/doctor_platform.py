@@ -51,7 +51,7 @@ async def _broker(session: Session) -> list[Check]:
     try:
         async with session.bus() as bus:
             last = await bus.last_sequence("RUNS")
-            checks = [Check("broker", True, f"{session.nats_url}, {last} messages in RUNS")]
+            checks = [Check("broker", True, f"{session.nats_url}, {formats.count(last, 'message')} in its log of runs")]
             # Others may not ask the broker for its time.
             if not session.identity.passes or session.roster.serves(session.identity.public):
                 checks.append(await _clock(bus))
@@ -88,7 +88,7 @@ async def _resume(session: Session, bus: Bus) -> Check:
     stuck = [facts for facts in runs if overdue(facts, now, stake)]
     found = "; ".join(f"{facts.run}: {_where(facts, now, stake)}" for facts in runs) or "no run is under way"
     remedy = "nothing closed the window: see the coordinator's log, and whether one leads (`connito status`)"
-    return Check("resume point", not stuck, found, remedy if stuck else "", warning=True)
+    return Check("runs", not stuck, found, remedy if stuck else "", warning=True)
 
 
 def _where(facts: RunFacts, now_ms: int, stake: Stake) -> str:
@@ -112,7 +112,7 @@ async def _expiries(session: Session) -> list[Check]:
             checks.append(Check(name, False, str(error), remedy if expired else untrusted))
             continue
         days = (end - time.time()) / 86400
-        found = f"valid until {formats.day(1000 * end)}, {days:.0f} days"
+        found = f"valid until {formats.day(1000 * end)}, {formats.count(round(days), 'day')}"
         checks.append(Check(name, days > EXPIRY_WARNING_DAYS, found, remedy, warning=days > 0))
     return checks
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import ConnitoError, Fatal
+from connito.render import formats
 
 # What a model-side service ends up importing, in the order that shares most.
 PRELOAD = (
@@ -82,7 +83,7 @@ def check_fork_safe(tasks: Path = Path("/proc/self/task")) -> None:
     threads = len(list(tasks.iterdir())) if tasks.is_dir() else 1
     if threads != 1:
         raise Fatal(
-            f"the process that forks services has {threads} threads after its imports, so forking is not safe; "
+            f"the process that forks services has {formats.count(threads, 'thread')} after its imports, so forking is not safe; "
             "set OPENBLAS_NUM_THREADS=1"
         )
 

@@ -23,7 +23,7 @@ def check_limits(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
         raise Retry(
-            f"only {hard} files may be open here, and {OPEN_FILES} are needed; allow more with `ulimit -n 4096`"
+            f"only {formats.count(hard, 'file')} may be open here, and {OPEN_FILES} are needed; allow more with `ulimit -n 4096`"
         )
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY and space < ADDRESS_SPACE:

@@ -142,7 +142,7 @@ def _line(row: Row) -> str:
     verdict = "better" if row.low > 0 else "worse" if row.high < 0 else "no difference that this much text can show"
     shares = f"{formats.percent(row.before)} | {formats.percent(row.after)} | {100 * row.change:+.1f}"
     interval = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
-    rests = f"{row.count:,} in {row.texts} texts"
+    rests = f"{row.count:,} in {formats.count(row.texts, 'text')}"
     return f"| {row.domain} | {row.use} | {row.what} | {shares} | {interval} | {rests} | {verdict} |"
 
 
@@ -151,7 +151,7 @@ def _losses(report: Mapping[str, Any]) -> list[str]:
     if first is None:
         return []
     tokens = report["cycles"][-1]["domains"][report["domain"]].get("tokens", 0)
-    rests = f", on {tokens:,} tokens of the hold-out's report part" if tokens else ""
+    rests = f", on {formats.count(tokens, 'token')} of the hold-out's report part" if tokens else ""
     return [f"The loss of {report['domain']} went {first:.4f} → {last:.4f} nats per token{rests}."]
 
 

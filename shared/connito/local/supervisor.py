@@ -21,6 +21,7 @@ from connito.local.processes import Launcher, Process, Program
 from connito.platform.datadir import DataDir, start_time
 from connito.platform.servers import Server
 from connito.platform.spawning import last_lines
+from connito.render import formats
 from connito.runtime.tasks import end_tasks
 
 # What dies this often within the window will not get better by being started once more.
@@ -222,7 +223,8 @@ class Supervisor:
         kept.pid, kept.aside = 0, True
         self._write_pids()
         waits = (
-            f"the run needs {self.needed} miners (windows.min_miners): if it ends again then, `connito up` ends, and "
+            f"the run needs {formats.count(self.needed, 'miner')} "
+            f"(windows.min_miners): if it ends again then, `connito up` ends, and "
             "the run stays as it is"
         )
         others = "the others go on" if left >= self.needed else waits
@@ -234,7 +236,7 @@ class Supervisor:
 
     def _too_few(self, kept: _Supervised, code: int, left: int) -> str:
         return (
-            f"{kept.name} keeps ending ({describe_exit(code)}), and the run needs {self.needed} miners "
+            f"{kept.name} keeps ending ({describe_exit(code)}), and the run needs {formats.count(self.needed, 'miner')} "
             f"(windows.min_miners), of which {left} live. The run stays as it is: mend this and go on with `connito up`, "
             f"or start another one with `connito up --new`. The log of {kept.name}, {kept.log}, ends with:\n"
             f"{last_lines(kept.log)}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from connito.protocol import rules
 from connito.protocol.bans import banned
+from connito.render import formats
 from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
@@ -39,7 +40,10 @@ class Present:
         return self.miners >= self.min_miners and self.quorum
 
     def __str__(self) -> str:
-        here = f"{self.miners} of {self.min_miners} miners and {self.validators} of {self.min_validators} validators are here"
+        here = (
+            f"{self.miners} of {formats.count(self.min_miners, 'miner')} and "
+            f"{self.validators} of {formats.count(self.min_validators, 'validator')} are here"
+        )
         if self.quorum or self.validators < self.min_validators:
             return here
         mine, total = self.votes

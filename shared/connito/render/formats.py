@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
 # Characters of a value that a sentence quotes.
@@ -20,8 +21,11 @@ def size(count: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """Return how many there are of something: `1 cycle`, `2 cycles`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    """Return how many there are of something: `1 cycle`, `2 cycles`, `3 entries`, `4 branches`."""
+    if number != 1:
+        what = re.sub("(?<=[^aeiou])y$", "ie", what) if what.endswith("y") else re.sub("(s|x|ch|sh)$", r"\1e", what)
+        what += "s"
+    return f"{number:,} {what}"
 
 
 def percent(share: float, digits: int = 1) -> str:

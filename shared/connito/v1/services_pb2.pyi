@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from connito.v1 import artifacts_pb2 as _artifacts_pb2
+from connito.v1 import cycle_pb2 as _cycle_pb2
 from connito.v1 import envelope_pb2 as _envelope_pb2
 from connito.v1 import run_pb2 as _run_pb2
 from google.protobuf import descriptor as _descriptor
@@ -68,6 +69,8 @@ class RunStatus(_message.Message):
     MINERS_FIELD_NUMBER: _builtins.int
     VALIDATORS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
     phase: Global___RunPhase.ValueType
     cycle: _builtins.int
     window: _builtins.str
@@ -81,6 +84,12 @@ class RunStatus(_message.Message):
     def miners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def validators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[_cycle_pb2.DomainLoss]:
+        """Of the newest version: losses on the report subset, target first, and the miners that were merged into it."""
+
+    @_builtins.property
+    def merged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -93,10 +102,12 @@ class RunStatus(_message.Message):
         miners: _abc.Iterable[_builtins.str] | None = ...,
         validators: _abc.Iterable[_builtins.str] | None = ...,
         detail: _builtins.str = ...,
+        losses: _abc.Iterable[_cycle_pb2.DomainLoss] | None = ...,
+        merged: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "deadline_unix_ms", b"deadline_unix_ms", "detail", b"detail", "miners", b"miners", "phase", b"phase", "spec", b"spec", "validators", b"validators", "version", b"version", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "deadline_unix_ms", b"deadline_unix_ms", "detail", b"detail", "losses", b"losses", "merged", b"merged", "miners", b"miners", "phase", b"phase", "spec", b"spec", "validators", b"validators", "version", b"version", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from connito.render import formats
 from connito.v1 import cycle_pb2
 from connito.views.run_report import miner_name
 from connito.wire.enums import reason_name
@@ -77,7 +78,11 @@ def check(facts: RunFacts, ledger: Iterable[Entry]) -> list[str]:
     for entry in ledger:
         spent[entry.cycle] = spent.get(entry.cycle, 0) + entry.units
     emission = facts.spec.emission if facts.spec is not None else 0
-    return [f"cycle {cycle}: {units} units for {emission}" for cycle, units in spent.items() if units != emission]
+    return [
+        f"cycle {cycle}: {formats.count(units, 'unit')} for {emission}"
+        for cycle, units in spent.items()
+        if units != emission
+    ]
 
 
 def balances(ledger: Iterable[Entry]) -> list[Entry]:

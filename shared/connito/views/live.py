@@ -41,8 +41,8 @@ def phase(facts: RunFacts, now_ms: int | None = None, here: Pause | None = None)
         return "selecting the experts that the domain uses"
     if facts.cycle == 0:
         return (
-            f"waiting for people: {len(facts.miners)} of {spec.windows.min_miners} miners, "
-            f"{len(facts.validators)} of {spec.windows.min_validators} validators"
+            f"waiting for people: {len(facts.miners)} of {formats.count(spec.windows.min_miners, 'miner')}, "
+            f"{len(facts.validators)} of {formats.count(spec.windows.min_validators, 'validator')}"
         )
     window = facts.open_window
     if window is None:
@@ -69,7 +69,8 @@ def announce(fact: Fact, facts: RunFacts, names: Mapping[str, str]) -> str | Non
     message = fact.message
     if isinstance(message, run_pb2.SelectionMade):
         return (
-            f"selected {message.selected_experts} of {message.total_experts} experts in {len(message.layers)} layers "
+            f"selected {message.selected_experts} of {formats.count(message.total_experts, 'expert')} "
+            f"in {formats.count(len(message.layers), 'layer')} "
             f"({formats.percent(message.target_parameters / max(1, message.model_parameters))} of the model)"
         )
     if isinstance(message, cycle_pb2.WindowOpened):

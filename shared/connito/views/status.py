@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from connito.protocol.quorum import Pause, pause
 from connito.protocol.rules import Stake, due_ms
+from connito.render import formats
 from connito.v1 import run_pb2, services_pb2
 from connito.views.sentences import why_left
 from connito.wire.facts import RunFacts
@@ -34,6 +35,7 @@ def version(facts: RunFacts) -> int:
 
 def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus:
     """Return the status of a run that was created."""
+    newest = facts.latest_version
     window, here = facts.open_window if facts.ended is None else None, pause(facts, now_ms, stake)
     return services_pb2.RunStatus(
         spec=facts.spec,
@@ -45,6 +47,8 @@ def status(facts: RunFacts, now_ms: int, stake: Stake) -> services_pb2.RunStatus
         miners=facts.miners,
         validators=facts.validators,
         detail=_detail(facts, here),
+        losses=() if newest is None else newest.losses,
+        merged=() if newest is None else newest.merged,
     )
 
 
@@ -59,8 +63,8 @@ def _detail(facts: RunFacts, here: Pause | None) -> str:
         return "waiting for the selector"
     if not facts.cycle:
         return (
-            f"{len(facts.miners)} of {spec.windows.min_miners} miners and "
-            f"{len(facts.validators)} of {spec.windows.min_validators} validators are here"
+            f"{len(facts.miners)} of {formats.count(spec.windows.min_miners, 'miner')} and "
+            f"{len(facts.validators)} of {formats.count(spec.windows.min_validators, 'validator')} are here"
         )
     waits = "" if here is None else f" is paused: {here}"
     return f"cycle {facts.cycle} of {spec.cycles}{waits}"

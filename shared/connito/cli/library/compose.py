@@ -169,7 +169,7 @@ def _losses_text(losses: dict[str, dict[str, float]]) -> str:
 def _composed(done: Composed, out: Path) -> str:
     record = done.record
     derived = record["derived"]
-    lines = [f"{record['expert_id']}: {record['selection']['selected']} experts, written to {out}"]
+    lines = [f"{record['expert_id']}: {formats.count(record['selection']['selected'], 'expert')}, written to {out}"]
     lines += [f"  {parent['expert_id']} with weight {parent['weight']:g}" for parent in derived["parents"]]
     for conflict in derived["settings"]["conflicts"]:
         lines.append(
@@ -179,6 +179,6 @@ def _composed(done: Composed, out: Path) -> str:
     for row in record["losses"]:
         if row["before"] is not None and row["after"] is not None and "change_low" in row:
             interval = f"{row['change_low']:+.4f} to {row['change_high']:+.4f}"
-            change = f"{row['after'] - row['before']:+.4f}, {interval}; {row['tokens']:,} tokens"
+            change = f"{row['after'] - row['before']:+.4f}, {interval}; {formats.count(row['tokens'], 'token')}"
             lines.append(f"  {row['domain']}: {row['before']:.4f} → {row['after']:.4f} nats per token ({change})")
     return "\n".join([*lines, *obligations(done.permission)])

@@ -21,6 +21,7 @@ from connito.cli.library.options import (
     obligations,
 )
 from connito.cli.output import DataDirOption, JsonFlag, emit
+from connito.render import formats
 
 
 def export(
@@ -89,7 +90,11 @@ def push(
     library = holdings(shelf, data_dir, who, organisation)
     done = hub.push(target, repository, revision=revision, private=private, agreement=agreed, library=library)
     document = {"address": done.address, "commit": done.commit, "files": done.files}
-    emit(as_json, document, lambda: f"{len(done.files)} files are at {done.address}, commit {done.commit}")
+    emit(
+        as_json,
+        document,
+        lambda: f"{formats.count(len(done.files), 'file')} at {done.address}, commit {done.commit}",
+    )
 
 
 def pull(

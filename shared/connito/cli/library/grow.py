@@ -15,6 +15,7 @@ from connito.cli.library.options import (
     named_files,
 )
 from connito.cli.output import DeviceOption, JsonFlag, emit
+from connito.render import formats
 
 
 def grow(
@@ -33,7 +34,11 @@ def grow(
 
     made = growing.grow(name, base, out, growing.GrowOptions(tuple(data), tuple(anchor), steps, learning_rate))
     document = {"name": name, "digest": made.digest, "layers": sorted(made.rows), "file": str(out)}
-    emit(as_json, document, lambda: f"{name}: one expert in each of {len(made.rows)} layers, written to {out}")
+    emit(
+        as_json,
+        document,
+        lambda: f"{name}: one expert in each of {formats.count(len(made.rows), 'layer')}, written to {out}",
+    )
 
 
 def join(
@@ -52,7 +57,11 @@ def join(
     from connito.curation import growing
 
     record = growing.join(additions, base, out, named_files(measure), named_files(text), router_steps)
-    emit(as_json, record, lambda: f"{len(additions)} additions beside the base's experts, written to {out}")
+    emit(
+        as_json,
+        record,
+        lambda: f"{formats.count(len(additions), 'addition')} beside the base's experts, written to {out}",
+    )
 
 
 def branches(
@@ -77,4 +86,4 @@ def branches(
     )
     record = growing.branches(seed, out, options)
     what = "an MoE" if moe_layers else "the mean"
-    emit(as_json, record, lambda: f"{what} of {len(options.branches)} branches, written to {out}")
+    emit(as_json, record, lambda: f"{what} of {formats.count(len(options.branches), 'branch')}, written to {out}")

@@ -156,5 +156,5 @@ def steer(
 def _model_text(record: ExpertRecord, out: Path) -> str:
     full, small = record["measured"]["full"], record["measured"]["pruned"]
     kept = sum(map(len, record["experts"].values()))
-    what = f"{kept} experts" if kept else "a dense model"
+    what = formats.count(kept, "expert") if kept else "a dense model"
     return f"{what}, written to {out}\n  loss {small:.4f}, full model {full:.4f} ({small - full:+.4f} nats per token)"

@@ -22,6 +22,7 @@ from connito.experts.table import BASE, ExpertTable
 from connito.library.artifact import EXPERT_FILE, MODEL_FORMAT
 from connito.library.governance import Standing, Viewer
 from connito.library.schema import Base, ExpertRecord
+from connito.render import formats
 
 VERB = "serve"
 MAX_PARTS, MAX_NAME = 8, 200
@@ -81,7 +82,9 @@ class Roster:
             raise unknown(name)
         if len(experts) > MAX_PARTS:
             raise RefusedError(
-                400, f"{len(experts)} experts in one model are too many: at most {MAX_PARTS}", param="model"
+                400,
+                f"{formats.count(len(experts), 'expert')} in one model are too many: at most {MAX_PARTS}",
+                param="model",
             )
         return Asked(f"{self.base}+{('|' if routed else '+').join(experts)}", experts, routed)
 

@@ -27,6 +27,7 @@ from connito.errors import Invalid, NotFound
 from connito.experts.table import ExpertTable
 from connito.library.governance import Viewer
 from connito.moe.device import device_of
+from connito.render import formats
 from connito.runtime.logs import keep_log
 from connito.runtime.tasks import end_tasks
 
@@ -133,7 +134,9 @@ def read_keys(path: Path) -> dict[str, Viewer]:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise Invalid(f"{path} is not a list of users: write `- {{key: …, name: …, organisations: […]}}`") from error
     if short := [key for key in keys if len(key) < KEY_LENGTH]:
-        raise Invalid(f"{len(short)} keys in {path} can be guessed: use at least {KEY_LENGTH} random characters")
+        raise Invalid(
+            f"{formats.count(len(short), 'key')} in {path} can be guessed: use at least {KEY_LENGTH} random characters"
+        )
     if not keys:
         raise Invalid(f"{path} names nobody")
     return keys

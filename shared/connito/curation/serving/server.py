@@ -18,6 +18,7 @@ from connito.curation.serving.scoring import document
 from connito.curation.serving.text import Writer
 from connito.errors import Retry
 from connito.library.governance import Viewer
+from connito.render import formats
 from connito.runtime import metrics
 from connito.runtime.logs import get_logger
 from connito.runtime.tasks import end_tasks
@@ -234,7 +235,8 @@ class Server:
         characters, most = sum(map(len, texts)), self.generator.context * self._longest
         if characters > most:
             raise RefusedError(
-                400, f"the model's context is {self.generator.context} tokens, and this request has {characters} characters: "
+                400, f"the model's context is {self.generator.context} tokens, and this request has "
+                f"{formats.count(characters, 'character')}: "
                 "shorten it", code="context_length_exceeded", param="prompt" if isinstance(prompt, str) else "messages",
             )  # fmt: skip
 
@@ -255,7 +257,7 @@ class Server:
     def _sampling(self, request: ChatRequest | CompletionRequest, prompt: int, *, answers: bool) -> Sampling:
         room, wanted = self.generator.context - prompt, request.limit()
         if room < (max(1, wanted or 1) if answers else 0):
-            asked = f"{prompt} tokens of prompt" + (f" and {wanted} of answer" if wanted else "")
+            asked = f"{formats.count(prompt, 'token')} of prompt" + (f" and {wanted} of answer" if wanted else "")
             raise RefusedError(
                 400, f"the model's context is {self.generator.context} tokens, and this request has {asked}: shorten one",
                 code="context_length_exceeded", param="messages" if isinstance(request, ChatRequest) else "prompt",

@@ -137,7 +137,7 @@ def test_the_verbs_of_a_job_reach_the_coordinator(served: tuple[Client, list[str
 def test_a_miner_is_named_by_the_beginning_of_its_key(served: tuple[Client, list[str]]) -> None:
     client, _ = served
     assert client.job.miner("UAB") == "UABB"
-    with pytest.raises(Invalid, match="2 miners' keys begin with 'UA'"):
+    with pytest.raises(Invalid, match="the keys of 2 miners begin with 'UA'"):
         client.job.miner("UA")
     with pytest.raises(NotFound, match="no miner's key begins"):
         client.job.miner("UX")

@@ -46,3 +46,5 @@ def test_shares_losses_and_moments() -> None:
 def test_one_of_something_is_not_several() -> None:
     said = [formats.count(number, "cycle") for number in (0, 1, 2, 12_000)]
     assert said == ["0 cycles", "1 cycle", "2 cycles", "12,000 cycles"]
+    for one, several in {"entry": "entries", "key": "keys", "loss": "losses", "branch": "branches"}.items():
+        assert (formats.count(1, one), formats.count(2, one)) == (f"1 {one}", f"2 {several}")

@@ -29,7 +29,7 @@ def test_phases_up_to_the_first_cycle() -> None:
     world.miners("ma")
     shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
-    assert shown.detail == "1 of 1 miners and 0 of 1 validators are here"
+    assert shown.detail == "1 of 1 miner and 0 of 1 validator are here"
     world.validators("va")
     for _ in ("head", "opened"):
         world.perform(decide(world.facts, world.now, even))
@@ -86,10 +86,21 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.trained("ma")
     shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_PAUSED
-    assert shown.detail == "cycle 1 of 2 is paused: 1 of 2 miners and 0 of 1 validators are here"
+    assert shown.detail == "cycle 1 of 2 is paused: 1 of 2 miners and 0 of 1 validator are here"
     world.trained("mb")
     world.seed_committed("va")
     assert status(world.facts, world.now, even).phase == services_pb2.RUN_PHASE_RUNNING
+
+
+def test_the_newest_version_says_what_it_changed_and_whose_work_is_in_it() -> None:
+    run, loss = (
+        Run().created().selected().opened("train"),
+        cycle_pb2.DomainLoss(domain="medical", before=2.5, after=2.25),
+    )
+    assert not status(run.facts, 0, even).losses
+    run.merged(losses=[loss], merged=["UA", "UB"]).opened("train", 2)
+    shown = status(run.facts, 0, even)
+    assert (list(shown.losses), list(shown.merged)) == ([loss], ["UA", "UB"])
 
 
 def test_a_run_that_a_service_has_left_says_so_until_it_goes_on() -> None:

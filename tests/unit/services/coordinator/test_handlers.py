@@ -416,7 +416,7 @@ def test_after_the_last_cycle_the_run_is_completed(world: World) -> None:
     assert isinstance(action, PublishFact)
     assert isinstance(action.message, run_pb2.RunEnded)
     assert (action.message.outcome, action.message.final_version) == (run_pb2.RUN_OUTCOME_COMPLETED, 2)
-    assert action.message.detail == "all 2 cycles done"
+    assert action.message.detail == "2 of 2 cycles done"
     headed(world)
     assert nothing(world) is None
 
@@ -436,7 +436,7 @@ def ended_after_one_cycle(world: World) -> run_pb2.RunEnded:
 
 
 def test_one_cycle_is_not_cycles() -> None:
-    assert ended_after_one_cycle(World(cycles=1)).detail == "all 1 cycle done"
+    assert ended_after_one_cycle(World(cycles=1)).detail == "1 of 1 cycle done"
 
 
 def test_a_run_ends_when_its_objective_is_met() -> None:

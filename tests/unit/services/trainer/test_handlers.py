@@ -200,6 +200,16 @@ def test_the_verdict_is_told_even_after_the_end(story: Run) -> None:
     assert [tell.text for tell in tells(story)] == ["merged: rank 2, reward 300, utility 0.0125 nats per token"]
 
 
+def test_paid_work_that_is_not_merged_is_no_refusal_and_says_why(story: Run) -> None:
+    verdict = cycle_pb2.Verdict(
+        miner=ME, status=cycle_pb2.VERDICT_STATUS_SCORED, rank=2, reward=300, utility=0.0125,
+        reason=reasons_pb2.REASON_OUTLIER, finding=cycle_pb2.Finding(kind=cycle_pb2.FINDING_KIND_OUTLIER),
+    )  # fmt: skip
+    (told,) = tells(story.opened("train").scored(verdict).ended())
+    assert told.reason == ""
+    assert told.text == "scored: rank 2, reward 300, utility 0.0125 nats per token; its delta lies far from the others'"
+
+
 def test_a_rejection_names_its_reason() -> None:
     verdict = cycle_pb2.Verdict(
         status=cycle_pb2.VERDICT_STATUS_REJECTED, reason=reasons_pb2.REASON_COPY, detail="of an earlier one"

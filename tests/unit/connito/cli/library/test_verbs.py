@@ -185,7 +185,7 @@ def test_python_does_what_the_commands_do(run: Any, stocked: Any, tiny: Path, tm
                "--density", 0.5, "--shelf", shelf)  # fmt: skip
     assert made.record["expert"] == told["expert"]
     assert library.verify(tmp_path / "python", tiny, library=here)[1].startswith("recomputed from its 2 parents")
-    with pytest.raises(Invalid, match="2 weights for 1 experts"):
+    with pytest.raises(Invalid, match="2 weights for 1 expert:"):
         library.compose([ids["logs"]], tiny, tmp_path / "no", library.ComposeOptions(weights=[1.0, 2.0]), here)
 
 
