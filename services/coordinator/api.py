@@ -66,7 +66,9 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         await self._log.refresh(self._bus, ("RUNS",))
         self._log.naming.check(spec, self._log.runs)
         tenancy.check_submission(spec, customer, self._roster, self._log.runs)
-        await self._bus.publish_fact(spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
+        await self._bus.publish_fact(
+            spec.run, "run", 0, "created", run_pb2.RunCreated(spec=spec, order=request.envelope)
+        )
         facts = await self._wait(spec.run, lambda facts: facts.spec is not None)
         if facts.spec != spec:
             raise Invalid(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from connito.bus import Bus, offences
 from connito.errors import Environment, Invalid, Retry
+from connito.protocol.asked import check_asked
 from connito.protocol.assignment import assigned
 from connito.protocol.beacon import secret_digest
 from connito.protocol.claims import drawn_claims
@@ -85,6 +86,7 @@ class Validator:
         run = action.run
         match action.payload:
             case Join():
+                check_asked(self._facts(run).require_created())
                 await self._check_readable(run)
                 joined = run_pb2.ValidatorJoined(run=run, validator=self.me, label=self._settings.label)
                 await self._bus.publish_fact(run, "run", 0, "validator", joined, self.me)

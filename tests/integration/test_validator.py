@@ -17,13 +17,17 @@ from connito.data.packing import pack
 from connito.data.safetensors_header import SAFETENSORS
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.holdout import draw_sequences, subsets
+from connito.protocol.policy.law import fill
 from connito.store import ArtifactStore, key_of
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, REALM_SUBMISSION, ArtifactRef
 from connito.wire.identity import Identity
 
 from tests.integration.tiny_run import GENERAL, TARGET, Teller, TinyRun, prepare, telling, tiny_base
+from tests.support.run import ordered
 from tests.support.waiting import until_logged
+
+CUSTOMER = Identity.generate()
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -167,7 +171,7 @@ async def test_a_cycle_is_scored_on_the_full_model_across_a_kill_9(
     await process.start()
     try:
         async with telling(run_id, buses, roster) as teller:
-            await teller.say("run", 0, "created", run_pb2.RunCreated(spec=tiny.spec))
+            await teller.say("run", 0, "created", ordered(tiny.spec, CUSTOMER))
             await teller.until(lambda facts: me in facts.validators, "the validator to join")
             await teller.say("run", 0, "selected", tiny.selection, role="selector")
             await up_to_settled(teller, tiny, me, theta_1, submissions)
@@ -253,7 +257,7 @@ async def test_a_false_draw_is_not_scored(
     await process.start()
     try:
         async with telling(run_id, buses, roster) as teller:
-            await teller.say("run", 0, "created", run_pb2.RunCreated(spec=tiny.spec))
+            await teller.say("run", 0, "created", ordered(tiny.spec, CUSTOMER))
             await teller.until(lambda facts: me in facts.validators, "the validator to join")
             await teller.say("run", 0, "selected", tiny.selection, role="selector")
             await up_to_settled(teller, tiny, me, tiny.state, [])
@@ -268,6 +272,28 @@ async def test_a_false_draw_is_not_scored(
             await teller.open("train", 2, [me], tiny.state)
             await teller.until(lambda facts: me in facts.seed_commitments(2), "the next cycle's seed")
             assert me not in teller.facts.reports(1)
+            assert await process.end(signal.SIGTERM) == 0
+    finally:
+        await process.end(signal.SIGKILL)
+
+
+async def test_a_run_whose_rules_nobody_asked_for_is_not_joined(
+    nats_server: Any, store: ArtifactStore, buses: Any, identities: Any, roster: Any, run_id: str, tmp_path: Path
+) -> None:
+    key: Identity = identities["validator"]
+    me, tiny = key.public, await prepare(store, run_id, tmp_path)
+    process = Process(tmp_path, run_id, nats_server.url, store, key, roster)
+    await process.start()
+    try:
+        async with telling(run_id, buses, roster) as teller:
+            fill(tiny.spec)
+            created = ordered(tiny.spec, CUSTOMER)
+            created.spec.emission += 1
+            await teller.say("run", 0, "created", created)
+            facts = await teller.until(lambda facts: facts.paused, "the validator to say that it takes no part")
+            assert [(one.key, one.action) for one in facts.paused] == [(me, f"{run_id}/0/join")]
+            assert "emission is not what the customer asked for" in facts.paused[0].detail
+            assert me not in facts.validators
             assert await process.end(signal.SIGTERM) == 0
     finally:
         await process.end(signal.SIGKILL)

@@ -34,7 +34,7 @@ from connito.service.engine import Decision, Engine
 from connito.service.runner import ServiceContext
 from connito.store import ArtifactStore, key_of
 from connito.store.cache import Cache
-from connito.v1 import run_pb2, services_pb2
+from connito.v1 import services_pb2
 from connito.v1.artifacts_pb2 import REALM_HOLDOUT, REALM_PUBLIC, ArtifactRef
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
@@ -63,6 +63,7 @@ from services.validator.settings import ValidatorSettings
 from tests.sim import toy
 from tests.sim.broker import Broker, Client, Weather
 from tests.sim.clockwork import EPOCH, PROCESS, Process, VirtualLoop
+from tests.support.run import ordered
 from tests.unit.connito.audit.world import RUN
 
 Main = Callable[["Node", ServiceContext[Any]], Awaitable[None]]
@@ -484,7 +485,7 @@ class World:
     async def run(self) -> None:
         """Carry the run out until it has ended, or nothing more is to be expected."""
         weather, self.broker.weather = self.broker.weather, Weather()
-        await self._publish("coordinator", "created", run_pb2.RunCreated(spec=self.spec))
+        await self._publish("coordinator", "created", ordered(self.spec, self.identities["customer"]))
         await self._publish("selector", "selected", self.selection)
         self.broker.weather = weather
         for node in self.nodes:

@@ -16,12 +16,15 @@ from typing import Any, Self
 
 from connito.bus.streams import stream_of
 from connito.protocol import bans
+from connito.protocol.asked import ORDER_SUBJECT
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.findings import PROTOCOL_VERSION
 from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
+from connito.wire.envelope import seal
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
+from connito.wire.identity import Identity
 from connito.wire.subjects import FactKey, fact, ingress
 from connito.wire.verification import CATALOGUE, INGRESS
 from google.protobuf.message import Message
@@ -47,6 +50,14 @@ def secret_of(validator: str, cycle: int = 1) -> bytes:
 
 def _secret(secret: bytes | None, validator: str, cycle: int) -> bytes:
     return secret_of(validator, cycle) if secret is None else secret
+
+
+def ordered(spec: run_pb2.RunSpec, customer: Identity) -> run_pb2.RunCreated:
+    """A run as its customer asked for it, to the letter."""
+    asked = run_pb2.RunSpec()
+    asked.CopyFrom(spec)
+    asked.customer = customer.public
+    return run_pb2.RunCreated(spec=asked, order=seal(customer, ORDER_SUBJECT, asked))
 
 
 def even(validator: str) -> float:

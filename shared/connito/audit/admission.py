@@ -8,6 +8,7 @@ from connito.audit.differences import Difference, Step
 from connito.audit.evidence import Evidence
 from connito.errors import Invalid
 from connito.protocol import bans
+from connito.protocol.asked import check_asked
 from connito.v1 import run_pb2
 from connito.wire import invites
 from connito.wire.fact import Fact
@@ -17,10 +18,12 @@ TOLERANCE_MS = 10_000
 
 
 def admission(evidence: Evidence) -> Step:
-    """Check that every enrolled miner was named or had a valid invite, and that every ban was ordered by an authorised key."""
+    """Check that the run's rules are its customer's, that every enrolled miner was named or had a valid invite and a place, and
+    that every ban was ordered by an authorised key.
+    """
     facts = evidence.facts
     enrolled, banned = facts.enrolled, facts.bans
-    found = [*_enrolments(evidence, enrolled), *_bans(evidence, banned)]
+    found = [*_asked(evidence), *_enrolments(evidence, enrolled), *_bans(evidence, banned)]
     return Step("admission", 0, len(enrolled) + len(banned), tuple(found))
 
 
@@ -42,9 +45,20 @@ def stakes(evidence: Evidence) -> Step:
     return Step("stakes", 0, len(facts.joined), tuple(found), f"the log counts {'; '.join(others)}" if others else "")
 
 
+def _asked(evidence: Evidence) -> Iterator[Difference]:
+    try:
+        check_asked(evidence.facts.require_created())
+    except Invalid as error:
+        yield Difference("admission", "run.0.created", f"no order bears this out: {error}")
+
+
 def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnrolled]]) -> Iterator[Difference]:
     spec = evidence.facts.require_spec()
     used: dict[str, set[str]] = {}
+    if (most := spec.enrolment.max_miners) and len(enrolled) > most:
+        for miner in sorted(enrolled, key=lambda miner: enrolled[miner].sequence)[most:]:
+            what = f"should not have been enrolled: the run is for {most} miners"
+            yield Difference("admission", evidence.subject("run", 0, "miner", miner), what, miner=miner)
     for miner, fact in enrolled.items():
         message = fact.message
         try:

@@ -790,16 +790,24 @@ class RunCreated(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spec(self) -> Global___RunSpec: ...
+    def spec(self) -> Global___RunSpec:
+        """What the customer asked for, with every default filled in."""
+
+    @_builtins.property
+    def order(self) -> _envelope_pb2.Envelope:
+        """The customer's signed `RunSpec`, subject `rpc.CreateRun`, as it came: nobody else sets the rules of a run."""
+
     def __init__(
         self,
         *,
         spec: Global___RunSpec | None = ...,
+        order: _envelope_pb2.Envelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

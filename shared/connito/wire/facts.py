@@ -37,6 +37,10 @@ class RunFacts(FactSet):
         created = self.created_fact
         return None if created is None else created.message.spec
 
+    def require_created(self) -> run_pb2.RunCreated:
+        """Return the specification with the customer's order for it. Raises `MissingFactError` for what is no run."""
+        return require(message_of(self.created_fact), self.run, "specification")
+
     def require_spec(self) -> run_pb2.RunSpec:
         """Return the specification of a run that was created. Raises `MissingFactError` for another."""
         return require(self.spec, self.run, "specification")

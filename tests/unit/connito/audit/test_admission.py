@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from connito.audit.admission import admission
 from connito.audit.audit import Audit, Options, audit
 from connito.errors import Invalid
+from connito.protocol.asked import ORDER_SUBJECT, check_asked
+from connito.protocol.policy.law import fill
 from connito.v1 import cycle_pb2 as c
 from connito.v1 import reasons_pb2
 from connito.v1 import run_pb2 as r
 from connito.wire import invites
+from connito.wire.envelope import seal
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from tests.support.run import ordered
 from tests.unit.connito.audit.world import MINERS, RUN, Cycle, World, identity, tell
 
 QUICK = Options(model=False, tolerance=0.0)
@@ -111,7 +116,7 @@ def test_invites_are_checked_again(tmp_path: Path, issuer: str, run: str, uses: 
 
     def by_invitation(created: r.RunCreated) -> None:
         created.spec.enrolment.mode = "invite"
-        created.spec.customer = identity("customer").public
+        created.CopyFrom(ordered(created.spec, identity("customer")))
 
     world = tell(tmp_path)
     world.resign("run.0.created", by_invitation, r.RunCreated)
@@ -120,6 +125,60 @@ def test_invites_are_checked_again(tmp_path: Path, issuer: str, run: str, uses: 
     found = admission(world.evidence()).differences
     assert bool(found) == bool(fault)
     assert all(fault in difference.what for difference in found)
+
+
+def more_emission(created: r.RunCreated) -> None:
+    created.spec.emission += 1
+
+
+def kinder(created: r.RunCreated) -> None:
+    created.spec.scoring.retention_margin = 9.0
+
+
+def what_was_left_out(created: r.RunCreated) -> None:
+    """The customer left a policy to the defaults, and the operator took another one."""
+    asked = r.RunSpec()
+    asked.CopyFrom(created.spec)
+    created.order.CopyFrom(seal(identity("customer"), ORDER_SUBJECT, asked))
+    fill(created.spec)
+    created.spec.windows.floor_seconds += 1
+
+
+def somebody_elses(created: r.RunCreated) -> None:
+    created.CopyFrom(ordered(created.spec, identity("miner A")))
+    created.spec.customer = identity("customer").public
+
+
+def nobodys(created: r.RunCreated) -> None:
+    created.ClearField("order")
+
+
+def test_defaults_for_what_the_customer_left_out_are_what_it_asked_for(tmp_path: Path) -> None:
+    (created,) = [fact.message for fact in [tell(tmp_path).evidence().facts.created_fact] if fact is not None]
+    assert created.order.ByteSize()
+    fill(created.spec)
+    check_asked(created)
+
+
+@pytest.mark.parametrize("change", [more_emission, kinder, what_was_left_out, somebody_elses, nobodys])
+def test_rules_that_the_customer_did_not_ask_for_are_the_operators(
+    tmp_path: Path, change: Callable[[r.RunCreated], None]
+) -> None:
+    world = tell(tmp_path)
+    assert look(world, tmp_path).differences == []
+    world.resign("run.0.created", change, r.RunCreated)
+    found = [one for one in admission(world.evidence()).differences if one.where == "run.0.created"]
+    assert [one.by for one in found] == ["operator"]
+
+
+def test_a_place_that_the_run_does_not_have_is_found(tmp_path: Path) -> None:
+    def few(created: r.RunCreated) -> None:
+        created.spec.enrolment.max_miners = 3
+        created.CopyFrom(ordered(created.spec, identity("customer")))
+
+    world = tell(tmp_path)
+    world.resign("run.0.created", few, r.RunCreated)
+    assert [one.miner for one in admission(world.evidence()).differences] == [MINERS["L"]]
 
 
 def test_a_token_that_was_cut_or_changed_is_none() -> None:

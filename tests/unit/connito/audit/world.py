@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from connito.audit import recompute
@@ -44,7 +44,7 @@ from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
 
-from tests.support.run import Run
+from tests.support.run import Run, ordered
 
 RUN = "run-1"
 TARGET, GENERAL = "recipes", "logs"
@@ -98,6 +98,12 @@ class World(Run):
         data = seal(who, subject, message, now_ms=stored.time_unix_ms).SerializeToString()
         self.records.append(Record(stored.stream, stored.sequence, subject, data, stored.time_unix_ms))
         return stored
+
+    def created(self, spec: run_pb2.RunSpec | None = None, /, **fields: Any) -> Self:
+        """As the customer asked for it."""
+        message = ordered(spec or self.spec(**fields), identity("customer"))
+        self.publish("run", 0, "created", message, signer="coordinator")
+        return self
 
     def head(self) -> None:
         """What the coordinator signs next, and the validators after it; and the committer's receipt."""
@@ -417,6 +423,7 @@ def tell(
     if scored:
         spec.benchmarks.add(domain="exam", artifact=world.upload(b"an exam", REALM_HOLDOUT))
     world.created(spec)
+    spec = world.facts.require_spec()
     for name, key in MINERS.items():
         world.miners(key, label=f"miner-{name}")
     world.validators(*VALIDATORS.values())
