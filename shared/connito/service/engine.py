@@ -287,13 +287,11 @@ class Engine(Listener):
             self._wake_at[run] = max(min(wakes), now + SOONEST_MS)
 
     def _end_waits(self, run: str, wanted: set[str]) -> None:
-        """Let nobody read any more of what was given up and is not asked for any more, nor keep how often that failed."""
+        """Let nobody read any more of what waited and is not asked for any more, nor keep how often that failed."""
         for key, state in self._actions.items():
             if state.run == run and key not in wanted and state.task is None:
                 state.failures = 0
-        for wait in WAITING.entries():
-            if wait.given_up and wait.run == run and wait.what in self._actions and wait.what not in wanted:
-                WAITING.end(wait.what)
+                WAITING.end(key)
 
     def _begin_state(self, action: Action) -> _State:
         """Return the state of an action that is new to this process, whatever ones before it died of."""

@@ -133,6 +133,21 @@ async def test_what_was_given_up_goes_on_after_somebody_has_mended_it(monkeypatc
     running.cancel()
 
 
+async def test_nobody_is_shown_to_wait_for_what_is_not_asked_for_any_more() -> None:
+    """Another replica has done it meanwhile, or its acknowledgement was lost and the fact came through the log."""
+    done, tried = asyncio.Event(), list[int]()
+    engine = engine_for(iter([Retry("the broker is away", after=60.0, dependency="broker")]), done, tried)
+    running = asyncio.create_task(engine.run())
+    while not WAITING.entries():  # noqa: ASYNC110 - the engine's turn
+        await asyncio.sleep(0)
+    done.set()
+    engine.wake("r")
+    async with asyncio.timeout(20):
+        while WAITING.entries():  # noqa: ASYNC110 - the engine's turn
+            await asyncio.sleep(0)
+    await end_tasks([running])
+
+
 async def test_what_is_done_is_forgotten_and_what_is_not_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service lives for thousands of cycles, and each has actions of its own."""
     monkeypatch.setattr("connito.service.engine.SETTLE_MS", 0)
