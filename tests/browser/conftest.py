@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from connito.base.recipes import cached_base
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.platform.servers import NatsServer
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -28,7 +28,7 @@ from connito.wire.roster import Roster
 from tests.browser.chromium import Chromium
 from tests.e2e.conftest import environment
 from tests.integration.witness import ServiceProcess
-from tests.support.waiting import wait_until
+from tests.support.waiting import declared, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ class Bench:
 async def bench(tmp_path: Path, identities: dict[str, Identity], roster: Roster) -> AsyncIterator[Bench]:
     with NatsServer(tmp_path / "nats") as nats:
         async with await Bus.connect(nats.url, identities["coordinator"], "test", roster) as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
             console = ServiceProcess(
                 "console", tmp_path / "console", identities["customer"], roster, {"CONNITO_NATS_URL": nats.url}
             ).start()

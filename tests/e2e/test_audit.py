@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from connito.audit.artifacts import Named, gather
 from connito.audit.evidence import read
-from connito.bus import Bus, CaughtUp, streams
+from connito.bus import Bus, CaughtUp
 from connito.bus.streams import FACT_STREAMS
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.platform.session import BUCKET, REGION
@@ -32,7 +32,7 @@ from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 from .conftest import Finished, Up, environment
 
@@ -285,7 +285,7 @@ async def rewrite(folder: Path, change: Callable[[Record], Record], only: str = 
         records = [record for record in await stored(bus) if only in ("", record.stream)]
         for stream in sorted({record.stream for record in records}):
             await bus.js.delete_stream(stream)
-        await streams.ensure(bus.js)
+        await declared(bus.js)
         for record in records:
             acknowledged = await bus.js.publish(record.subject, change(record).data, timeout=PATIENCE)
             assert acknowledged.seq == record.sequence

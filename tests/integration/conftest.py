@@ -16,18 +16,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
+
+from tests.support.waiting import declared
 
 BusFactory = Callable[..., Awaitable[Bus]]
 
 
 async def declare_streams(url: str) -> None:
     async with await Bus.connect(url, None, "declare") as bus:
-        await streams.ensure(bus.js)
+        await declared(bus.js)
 
 
 @pytest.fixture(scope="session")

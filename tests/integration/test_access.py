@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.errors import ConnitoError, Invalid
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
@@ -24,7 +24,7 @@ from connito.wire.passes import parse
 from connito.wire.roster import Roster
 
 from tests.support.desk import desk
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -84,7 +84,7 @@ async def broker(tmp_path: Path, access: Access) -> AsyncIterator[NatsServer]:
     with NatsServer(tmp_path / "nats", accounts=access.accounts) as server:
         operator = Identity.load(access.folder / "keys" / "operator.nk")
         async with await Bus.connect(server.url, operator, "operator") as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
         async with desk(server.url, key_of(access, "committer")):
             yield server
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.errors import Invalid
 from connito.local import begun
 from connito.local.defaults import UpOptions, profile
@@ -16,6 +16,8 @@ from connito.local.installation import Installation
 from connito.platform.datadir import DataDir
 from connito.platform.servers import NatsServer
 from connito.v1 import run_pb2
+
+from tests.support.waiting import declared
 
 BEGUN = UpOptions(base="tiny", miners=2, validators=1, adversaries=("copier",), seed=7, cycles=5, domain="code")
 SEEDED, TIMED = "code-s7", "code-20260102-030405"
@@ -35,7 +37,7 @@ async def written(root: Path, *runs: str, ended: str = "", base: str = "tiny", c
     nats.start()
     try:
         async with await Bus.connect(nats.url, who["operator"], "up", made.roster) as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
         async with await Bus.connect(nats.url, who["coordinator"], "coordinator", made.roster) as bus:
             for run in runs:
                 spec = run_pb2.RunSpec(run=run, domain="code", cycles=5, customer=customer or who["customer"].public)

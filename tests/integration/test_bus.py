@@ -33,7 +33,7 @@ from connito.wire.verification import verify_fact
 
 from tests.integration.conftest import BusFactory, declare_streams
 from tests.support.desk import desk
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -175,7 +175,7 @@ class TestPermissions:
         with NatsServer(tmp_path / "guarded", accounts=accounts) as server:
             operator = accounts.welcome("operator", Identity.generate())
             async with await Bus.connect(server.url, operator, "operator") as bus:
-                await streams.ensure(bus.js)
+                await declared(bus.js)
             identities["miner"] = accounts.welcome("miner", identities["miner"])
             async with desk(server.url, accounts.welcome("committer", identities["committer"])):
                 yield server
@@ -724,7 +724,7 @@ async def test_declaring_twice_changes_nothing_and_the_log_is_append_only(
 ) -> None:
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     await bus.publish_fact(run_id, "train", 1, "opened", opened(run_id, 1))
-    await streams.ensure(bus.js)
+    await declared(bus.js)
     rows = {row["name"]: row for row in await streams.describe(bus.js)}
     assert rows["TRAIN"]["messages"] == 1
     assert set(rows) == set(streams.STREAMS)
@@ -797,6 +797,6 @@ async def test_a_stream_that_is_not_there_is_named_to_who_reads_and_shown_by_who
             async with asyncio.timeout(PATIENCE):
                 while not any("MERGE" in one.what for one in WAITING.entries()):  # noqa: ASYNC110 - a reader's turn
                     await asyncio.sleep(0.01)
-            await streams.ensure(bus.js)
+            await declared(bus.js)
             assert isinstance(await asyncio.wait_for(following, PATIENCE), CaughtUp)
             assert not any("MERGE" in one.what for one in WAITING.entries())

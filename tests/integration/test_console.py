@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.store import ArtifactStore
@@ -25,7 +25,7 @@ from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
 from tests.support.desk import desk
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -210,7 +210,7 @@ async def test_a_customers_permissions_are_enough(
     customer, coordinator = (accounts.welcome(role, identities[role]) for role in ("customer", "coordinator"))
     with NatsServer(tmp_path / "nats", accounts=accounts) as server:
         async with await Bus.connect(server.url, accounts.welcome("operator", operator), "operator", roster) as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
         async with await Bus.connect(server.url, coordinator, "coordinator", roster) as bus:
             await create({"coordinator": bus}, run_id)
         console = Console("console", tmp_path / "console", customer, roster, {"CONNITO_NATS_URL": server.url})

@@ -18,7 +18,7 @@ from connito.wire.envelope import open_bytes
 from connito.wire.identity import Identity
 
 from tests.integration.conftest import BusFactory
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -92,7 +92,7 @@ async def machine(
 ) -> Machine:
     monkeypatch.setitem(streams.DURABLES, "committer", replace(streams.DURABLES["committer"], ack_wait=0.6))
     bus = await bus_factory(None, own_nats.url)
-    await streams.ensure(bus.js)
+    await declared(bus.js)
     return Machine(own_nats.url, tmp_path)
 
 

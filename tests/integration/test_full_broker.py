@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.bus.lease import Lease
 from connito.local import supervisor as supervising
 from connito.local.supervisor import Supervisor
@@ -18,7 +18,7 @@ from connito.platform.servers import NatsServer
 from connito.runtime.waiting import WAITING
 from connito.wire.identity import Identity
 
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, declared, until
 
 pytestmark = [
     pytest.mark.integration,
@@ -43,7 +43,7 @@ async def test_a_broker_that_could_not_write_writes_again_once_there_is_room(
     await supervisor.serve(server)
     try:
         async with await Bus.connect(server.url, operator, "test") as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
             pid = server.pid
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
             leading = asyncio.create_task(Lease(bus, "leader").__aenter__())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.errors import ConnitoError, Invalid
 from connito.platform.access import Access
 from connito.platform.servers import NatsServer
@@ -35,6 +35,7 @@ from connito.wire.roster import Roster
 from tests.integration import test_coordinator
 from tests.integration.witness import ServiceProcess
 from tests.support.desk import desk
+from tests.support.waiting import declared
 
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -113,7 +114,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     with NatsServer(tmp_path / "nats", accounts=access.accounts) as server:
         operator = Identity.load(access.folder / "keys" / "operator.nk")
         async with await Bus.connect(server.url, operator, "operator") as bus:
-            await streams.ensure(bus.js)
+            await declared(bus.js)
         admission = tmp_path / "admission"
         env = {"CONNITO_NATS_URL": server.url, "CONNITO_ADMISSION": str(admission)}
         service = ServiceProcess("coordinator", tmp_path / "c", coordinator, access.roster(), env).start()

@@ -16,7 +16,7 @@ from connito import library
 from connito.base.checks import check_base
 from connito.base.description import build_manifest
 from connito.base.loading import load_full
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.data.safetensors_header import SAFETENSORS
 from connito.errors import Invalid, NotFound
 from connito.experts.assemble import Mixture, compose_experts
@@ -44,7 +44,7 @@ from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.tiny_run import TARGET, TinyRun, prepare, tiny_base
 from tests.integration.witness import ServiceProcess, Witness
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -261,7 +261,7 @@ async def test_the_library_is_rebuilt_from_the_log_and_deposits_once(
     fact = await deposited(bus, roster, run_id)
     process.kill()
     await bus.js.delete_consumer("RUNS", "library")
-    await streams.ensure(bus.js)
+    await declared(bus.js)
     await process.start().ready()
     async with asyncio.timeout(PATIENCE):
         while await bus.ack_floor("library") < await bus.last_sequence("RUNS"):  # noqa: ASYNC110 - the broker's state

@@ -19,7 +19,7 @@ from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 from tests.support.desk import desk
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +41,7 @@ async def connect(tmp_path: Path, identities: dict[str, Identity], roster: Roste
             return opened[-1]
 
         operator = await connect("operator")
-        await streams.ensure(operator.js)
+        await declared(operator.js)
         async with desk(server.url, people["committer"]):
             yield connect
             for bus in opened:

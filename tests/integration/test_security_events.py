@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.bus.offences import collect
 from connito.client.security import _violations
 from connito.errors import Invalid
@@ -23,7 +23,7 @@ from connito.wire.fact import Record
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +49,7 @@ async def test_offences_are_written_to_advisories(
     collect()
     with NatsServer(tmp_path / "nats", accounts=accounts) as server:
         operator = await Bus.connect(server.url, people["operator"], "operator", roster)
-        await streams.ensure(operator.js)
+        await declared(operator.js)
         committer = await Bus.connect(server.url, people["committer"], "committer", roster)
         miner = await Bus.connect(server.url, people["miner"], "miner", roster)
         created = run_pb2.RunCreated(spec=run_pb2.RunSpec(run=run_id))

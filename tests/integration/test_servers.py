@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.errors import Invalid
 from connito.platform.accounts import Accounts
 from connito.platform.servers import NatsServer, ObjectStore
 from connito.wire.identity import Identity
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import declared, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -70,7 +70,7 @@ async def test_streams_of_a_server_without_accounts_go_on_in_one_with_them(tmp_p
     for trusted, key in ((None, None), (accounts, operator), (accounts, operator), (None, None)):
         with NatsServer(tmp_path / "nats", accounts=trusted) as server:
             async with await Bus.connect(server.url, key, "test") as bus:
-                await streams.ensure(bus.js)
+                await declared(bus.js)
                 await bus.js.publish("connito.v1.r.run.0.created", b"x")
                 counted.append((await bus.js.stream_info("RUNS")).state.messages)
     assert counted == [1, 2, 3, 4]

@@ -43,7 +43,7 @@ from connito.wire.tls import PLAIN
 from nats.aio.client import Client
 
 from tests.support.desk import desk
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, declared, until
 
 # The client library leaves sockets of refused logins to the garbage collector.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -146,7 +146,7 @@ async def boundary(tmp_path: Path) -> AsyncIterator[Boundary]:
     with NatsServer(tmp_path / "nats", accounts=access.accounts) as server:
         found = Boundary(access, server)
         found.operator = await found.bus(found.key("operator"))
-        await streams.ensure(found.operator.js)
+        await declared(found.operator.js)
         async with desk(server.url, found.key("committer")) as found.desk:
             yield found
         for one in found.opened:

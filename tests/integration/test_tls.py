@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.bus import Bus, streams
+from connito.bus import Bus
 from connito.errors import Fatal, Invalid, Retry
 from connito.local.doctor_platform import Check, _expiries
 from connito.platform.servers import NatsServer
@@ -21,6 +21,7 @@ from connito.wire.tls import Tls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.authority import Authority
+from tests.support.waiting import declared
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -75,7 +76,7 @@ def broker(tmp_path: Path, request: pytest.FixtureRequest, pki: Certificates) ->
 async def connected(broker: TlsServer, tls: Tls) -> int:
     """How many streams a client can declare."""
     async with await Bus.connect(broker.url, Identity.generate(), "test", tls=tls) as bus:
-        return len(await streams.ensure(bus.js))
+        return len(await declared(bus.js))
 
 
 async def refused(broker: TlsServer, tls: Tls, reason: int) -> None:

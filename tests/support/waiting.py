@@ -12,6 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from connito.bus import streams
+from connito.errors import Retry
+from nats.js import JetStreamContext
+
 PATIENCE = 90.0  # seconds
 
 
@@ -42,3 +46,15 @@ async def until_logged(log: Path, text: str, times: int = 1) -> None:
         await until(lambda: log.exists() and log.read_text().count(text) >= times)
     except AssertionError:
         raise AssertionError(f"{text!r} is not {times} times in {log}:\n{log.read_text()[-4000:]}") from None
+
+
+async def declared(js: JetStreamContext) -> list[str]:
+    """Declare the streams of a broker, and return their names. While others write to its disk it answers late."""
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return await streams.ensure(js)
+        except Retry:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(0.05)
