@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager, suppress
@@ -626,6 +627,29 @@ async def test_ten_thousand_are_admitted_without_the_server_hearing_of_it(bounda
     for key in keys[:: len(keys) // 20]:
         member = key.with_passes(tuple(passes[key.public].split("~")))
         await (await Bus.connect(boundary.server.url, member, "one of many")).close()
+
+
+async def test_what_was_asked_while_the_committer_stood_still_is_held_against_nobody(
+    boundary: Boundary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many questions as a key may ask come all at once when a machine that was suspended goes on."""
+    reported = list[str]()
+    monkeypatch.setattr("connito.bus.desk.report", lambda kind, **_: reported.append(kind))
+    honest, body = boundary.newcomer(), b'{"seq":1}'
+    line = f"PUB {ASKED}.RUNS.{honest.public} {ANSWERED}.{honest.public}.a {len(body)}\r\n".encode() + body + b"\r\n"
+    orders = {"seed": honest.seed, "token": honest.passes[-1], "port": boundary.server.port, "lines": 1, "rate": 90,
+              "seconds": 9, "data": [base64.b64encode(line).decode()]}  # fmt: skip
+    asking = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.support.flooding", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert asking.stdin is not None
+    asking.stdin.write(json.dumps(orders).encode())
+    asking.stdin.close()
+    await until(lambda: honest.public in boundary.desk._rate._buckets, "the first question")
+    time.sleep(7)  # noqa: ASYNC251 - the desk's loop stands still, and nothing else has to go on in it
+    out, _ = await asking.communicate()
+    assert json.loads(out)["sent"] > 500
+    assert reported == []
 
 
 async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -> None:

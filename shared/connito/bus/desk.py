@@ -18,7 +18,7 @@ from typing import Any
 
 from nats.errors import Error as NatsError
 
-from connito.bus.connection import Connection, speaking
+from connito.bus.connection import REQUEST_TIMEOUT, Connection, speaking
 from connito.bus.follow import BATCH, BATCH_BYTES
 from connito.bus.guard import Loud
 from connito.bus.offences import report
@@ -39,6 +39,8 @@ PER_SECOND, BURST, OF_BATCH = 100.0, 200.0, 2.0
 # So many wait for their turn: an honest program has one under way for each stream, and a few beside.
 WAITING = 32
 AGAIN_SECONDS = 1.0
+# Who asked has given up on what lay here for longer.
+LATE_SECONDS = REQUEST_TIMEOUT
 
 Question = dict[str, Any]
 
@@ -52,6 +54,8 @@ class Desk:
         self._connection, self._loud = self._connect(), Loud(shut_out)
         self.open = asyncio.Event()
         self._rate = RateLimit(PER_SECOND, BURST, time.monotonic)
+        # When this process was last at work, and had nothing lying here from before.
+        self._awake = self._rate.clock()
         self._waiting: dict[str, deque[tuple[str, Question, str]]] = {}
         self._turns: set[asyncio.Task[None]] = set()
 
@@ -68,8 +72,12 @@ class Desk:
                     await self._connection.nc.subscribe(subject, cb=partial(self._on_said, place))
                 await self._connection.nc.flush()
                 self.open.set()
-                while not self._connection.nc.is_closed:  # noqa: ASYNC110 - the library tells nobody
+                while not self._connection.nc.is_closed:
+                    self._awake = self._rate.clock()
                     await asyncio.sleep(AGAIN_SECONDS)
+                    if self._overslept:
+                        # What came meanwhile is passed over up to here.
+                        await self._connection.nc.flush()
             except Exception as error:
                 log.warning("strangers read nothing at the moment", error=str(error) or type(error).__name__)
             finally:
@@ -77,7 +85,14 @@ class Desk:
             await asyncio.sleep(AGAIN_SECONDS)
             self._connection = self._connect()
 
+    @property
+    def _overslept(self) -> bool:
+        """Return whether what comes now may have lain here while this process was stopped: it was not all said at once."""
+        return self._rate.clock() - self._awake > AGAIN_SECONDS + LATE_SECONDS
+
     async def _on_question(self, msg: Any) -> None:
+        if self._overslept:
+            return None
         # The broker has checked that the key in the subject is who asks.
         _, _, _, stream, key = msg.subject.split(".")
         if not msg.reply.startswith(f"{ANSWERED}.{key}."):
@@ -101,7 +116,8 @@ class Desk:
         return None
 
     async def _on_said(self, place: int, msg: Any) -> None:
-        self._loud.note(msg.subject.split(".")[place], self._rate.clock())
+        if not self._overslept:
+            self._loud.note(msg.subject.split(".")[place], self._rate.clock())
 
     def _ahead(self, key: str, question: Question) -> float:
         """Return how long a question has to wait, 0 where it is the key's turn, which it takes then."""
