@@ -23,12 +23,19 @@ class Repository:
 
 @dataclass
 class Hub:
-    """`uploads` counts large files that were sent; `fail` makes the next so many uploads fail."""
+    """`uploads` counts large files that were sent; `fail` makes the next so many uploads fail.
+
+    `cut` ends the next so many large downloads half way; `sent` counts the bytes of files that went out. `says` is what the
+    list of files tells about their sizes, where it lies.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: int = 0
     fail: int = 0
+    cut: int = 0
+    sent: int = 0
+    says: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Hub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -136,17 +143,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send({"error": "no revision"}, 404, code="RevisionNotFound")
         commit, files = self.hub.commit_of(name, branch), found.branches[branch]
         if api and "tree" in parts:
-            tree = [
-                {"type": "file", "path": f, "size": len(self.hub.file(name, f, branch)), "oid": "0" * 40} for f in files
-            ]
+            tree = [{"type": "file", "path": f, "size": self._size(name, f, branch), "oid": "0" * 40} for f in files]
             return self._send(tree)
         if api:
             return self._send(
-                {"id": name, "sha": commit, "private": found.private, "siblings": [{"rfilename": f} for f in files]}
-            )
+                {
+                    "id": name, "sha": commit, "private": found.private,
+                    "siblings": [{"rfilename": f, "size": self._size(name, f, branch)} for f in files],
+                }
+            )  # fmt: skip
         data = self.hub.file(name, "/".join(parts[4:]), branch)
         etag = hashlib.sha256(data).hexdigest()
-        return self._send_bytes(data, {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "X-Linked-Size": str(len(data))})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "X-Linked-Size": str(len(data))}
+        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        whole = self.command == "HEAD" or not begin
+        if not whole:
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        return self._send_bytes(data[0 if whole else begin :], headers, 200 if whole else 206)
+
+    def _size(self, name: str, file: str, branch: str) -> int:
+        return self.hub.says.get(file, len(self.hub.file(name, file, branch)))
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -164,5 +180,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        if "ETag" in headers:
+            half = bool(self.hub.cut) and len(data) > 1 << 14
+            self.hub.cut -= half
+            data = data[: len(data) // 2] if half else data
+            self.hub.sent += len(data)
+            self.close_connection |= half
+        self.wfile.write(data)

@@ -10,10 +10,11 @@ from typing import Any
 
 from connito.curation.holdings import Agreement, Expert, Holdings, read_folder
 from connito.errors import Invalid
-from connito.library.artifact import EXPERT_FILE, MODEL_FILE, require_new
+from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_FILE, require_new
 from connito.library.attestation import ATTESTATION_FILE, check_attestation
 from connito.library.derived import base_of
 from connito.library.governance import Permission
+from connito.library.plots import EXPERTS, LOSSES
 from connito.library.schema import ExpertRecord
 from connito.library.shelf import check_expert
 from connito.render import formats
@@ -77,6 +78,12 @@ def verify(
     return [*done, *signed]
 
 
+def files_of(record: ExpertRecord) -> set[str]:
+    """Return the files that belong to an expert or a model; whatever else lies in its folder is its owner's."""
+    named = record.get("files", (EXPERT_FILE, CARD_FILE, LOSSES, EXPERTS))
+    return {RECORD_FILE, ATTESTATION_FILE, *named}
+
+
 def _signatures(folder: Path, roster: Path | None) -> list[str]:
     if not (folder / ATTESTATION_FILE).is_file():
         return []
@@ -138,7 +145,7 @@ def _copy(expert: Expert, out: Path) -> Mapping[str, object]:
     if (folder / EXPERT_FILE).is_file():
         check_expert(folder / EXPERT_FILE, record)
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
+    for name in sorted(files_of(record)):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
     return {"expert_id": record["expert_id"], "digest": record["expert"]["digest"], "folder": str(out)}

@@ -6,28 +6,35 @@ uploaded again.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from connito.curation.exchange import verify
+from connito.curation.exchange import files_of, verify
 from connito.curation.holdings import Agreement, Expert, Holdings
-from connito.errors import Invalid, NotFound, Retry
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.library.artifact import CARD_FILE, EXPERT_FILE, MODEL_FILE, RECORD_FILE, require_new
 from connito.library.card import render
 from connito.library.governance import governance
 from connito.library.record import encode
-from connito.library.schema import read_record
+from connito.library.schema import ExpertRecord, read_record
 from connito.render import formats
 from connito.runtime.extras import extras_named
 from connito.runtime.progress import tell
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What exports write: weights without programs, settings, text and pictures.
+_SAFE = frozenset(
+    ("", ".safetensors", ".gguf", ".json", ".jsonl", ".txt", ".md", ".rst", ".jinja", ".svg", ".model", ".tiktoken")
+)
+# A record, card, signature or picture is far smaller.
+_LARGEST_BESIDE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,12 @@ def push(
     repository: str,
     *,
     revision: str = "",
-    private: bool = False,
+    public: bool = False,
     agreement: Agreement | None = None,
     library: Holdings | None = None,
 ) -> Pushed:
-    """Upload an expert (id or folder) or an exported model to the repository, which is made if it is not there: a private one
-    for what is not public.
+    """Upload an expert (id or folder) or an exported model to the repository, which is made if it is not there: a private one,
+    except where it is to be `public` and the expert is shown to everybody.
 
     The licence has to allow passing it on; the card is written in the hub's schema. Raises `Invalid`, `NotFound`, `Retry`.
     """
@@ -58,19 +65,21 @@ def push(
     verify(folder, library=library)
     agreed = replace(agreement or Agreement(), redistribute=True)
     library.permit([(folder, record)], "export", agreed)
+    shown = governance(record)["visibility"]
+    if public and shown != "public":
+        raise Invalid(f"{record['expert_id']} is not shown to everybody: push it without --public")
     with _hub():
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi()
-        shown = governance(record)["visibility"]
-        made = api.create_repo(repository, private=private or shown != "public", exist_ok=True)
+        made = api.create_repo(repository, private=not public, exist_ok=True)
         if shown != "public" and not api.model_info(repository).private:
             what = f"{record['expert_id']} is not public, and {repository} is"
             raise Invalid(f"{what}: make the repository private, or push to another")
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         changed = _carded(folder, str(record.get("license", "")))
-        files = sorted({CARD_FILE, *(path.name for path in folder.iterdir() if path.is_file())})
+        files = sorted({CARD_FILE, *(name for name in files_of(record) if (folder / name).is_file())})
         tell(f"uploading {formats.count(len(files), 'file')} to {repository}")
         done = api.create_commit(
             repository,
@@ -82,21 +91,50 @@ def push(
 
 
 def pull(repository: str, out: Path, *, revision: str = "", library: Holdings | None = None) -> list[str]:
-    """Download a repository to the new folder `out` and verify it; returns what was checked.
+    """Download an expert or a model to the new folder `out` and verify it; returns what was checked.
 
-    Interrupted, the same call goes on. Raises `VerificationFailed`, with the folder left for a look, `NotFound`, `Retry`.
+    Only what its record names is taken, in the sizes that the record says. Interrupted, the same call goes on. Raises
+    `VerificationFailed`, with the folder left for a look, `NotFound`, `Retry`.
     """
     begun = (out / ".cache" / "huggingface").is_dir()
     if not begun:
         require_new(out)
     with _hub():
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-        snapshot_download(repository, revision=revision or None, local_dir=out)
+        found = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in found.siblings or ()}
+        if RECORD_FILE not in sizes:
+            raise NotFound(f"{repository} holds no {RECORD_FILE}, so no expert of a library: `library push` makes one")
+        _take(repository, RECORD_FILE, sizes, _LARGEST_BESIDE)
+        path = Path(hf_hub_download(repository, RECORD_FILE, revision=found.sha, local_dir=out))
+        record = read_record(path.read_bytes(), f"{RECORD_FILE} of {repository}")
+        wanted = sorted(files_of(record) & sizes.keys())
+        for name in wanted:
+            _take(repository, name, sizes, _stated(record, name))
+        exactly = [glob.escape(name) for name in wanted]
+        snapshot_download(repository, revision=found.sha, local_dir=out, allow_patterns=exactly)
     shutil.rmtree(out / ".cache", ignore_errors=True)
-    # Every repository is given one by the hub.
-    (out / ".gitattributes").unlink(missing_ok=True)
-    return verify(out, library=library)
+    left = sorted(sizes.keys() - {*wanted, ".gitattributes"})
+    beside = f"not taken, as its record does not name it: {', '.join(map(repr, left[:5]))}"
+    return [*verify(out, library=library), *([beside + (" and others" if left[5:] else "")] if left else [])]
+
+
+def _take(repository: str, name: str, sizes: Mapping[str, int | None], most: int) -> None:
+    """Raise `VerificationFailed` for a file that no export has: one that can hold a program, or is larger than it should be."""
+    if Path(name).suffix not in _SAFE:
+        what = f"{name} of {repository} may hold a program, and no export has such a file"
+        raise VerificationFailed(f"{what}: nothing of it was taken; ask who published it for an export of `connito`")
+    if (size := sizes[name]) is not None and size > most:
+        what = f"{name} of {repository} has {formats.size(size)}, where {formats.size(most)} are the most that its record allows"
+        raise VerificationFailed(f"{what}: nothing of it was taken; ask who published it to push it again")
+
+
+def _stated(record: ExpertRecord, name: str) -> int:
+    """Return how many bytes a file may have: those of its record where that says so."""
+    if name == EXPERT_FILE:
+        return record["expert"]["bytes"]
+    return record["files"][name]["bytes"] if name in record.get("files", {}) else _LARGEST_BESIDE
 
 
 def _folder(target: str | Path, library: Holdings) -> Expert:

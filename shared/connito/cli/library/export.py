@@ -68,11 +68,9 @@ def push(
     target: Annotated[str, typer.Argument(help="Expert id, or folder of an expert or of an exported model.")],
     repository: Annotated[str, typer.Argument(help="Hugging Face repository, OWNER/NAME.")],
     revision: Annotated[str, typer.Option(help="Branch to commit to, made if it is not there.")] = "",
-    private: Annotated[
+    public: Annotated[
         bool,
-        typer.Option(
-            "--private", help="Make the repository private, if it is made; for what is not public it always is."
-        ),
+        typer.Option("--public", help="Make the repository open to everybody, if it is made; it is private otherwise."),
     ] = False,
     who: AsOption = "",
     organisation: OrganisationOption = None,
@@ -88,7 +86,7 @@ def push(
 
     agreed = agreement(accept_license, commercial, True, allow_yanked)
     library = holdings(shelf, data_dir, who, organisation)
-    done = hub.push(target, repository, revision=revision, private=private, agreement=agreed, library=library)
+    done = hub.push(target, repository, revision=revision, public=public, agreement=agreed, library=library)
     document = {"address": done.address, "commit": done.commit, "files": done.files}
     emit(
         as_json,
