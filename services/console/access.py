@@ -102,7 +102,7 @@ class Access:
 
     async def viewer(self, headers: Headers, cookies: dict[str, str]) -> Viewer | None:
         """Return the reader for whom an identity provider vouches, None where none does. Raises `Invalid`, `Retry`."""
-        if self.sign_in is not None and (found := self.sign_in.viewer(cookies)):
+        if self.sign_in is not None and (found := await self.sign_in.viewer(cookies)):
             return found
         return None if self.tokens is None else await self.tokens.bearer(headers.get("authorization", ""))
 

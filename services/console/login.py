@@ -36,6 +36,8 @@ def routes(access: Access, render: Callable[..., str], *, secure: bool) -> list[
         return HTMLResponse(render(wrong=wrong, begin=begin), 403 if wrong else 200)
 
     async def logout(request: Request) -> Response:
+        if access.sign_in is not None:
+            access.sign_in.forget(request.cookies)
         answer = RedirectResponse("/login" if access.token else "/", 303)
         answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
         answer.delete_cookie(SESSION, httponly=True, samesite="lax")

@@ -4,6 +4,8 @@ live part again whenever it looks different."""
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -40,6 +42,7 @@ from .heatmap import FigureMap, Heatmap, figure_map, heatmap
 from .history import Moment, replay
 from .lineage import lineage
 from .shown import Shown
+from .sign_in import ASK_SECONDS
 from .state import Feed
 from .trial import Trial
 from .tries import Tries
@@ -116,7 +119,9 @@ class Console:
     async def _events(self, page: Page, request: Request) -> AsyncIterator[str]:
         """Yield `live` events with the page's live part, each with the server's clock as its id; comments in between."""
         before, seen = "", -1
-        while not self.feed.closed:
+        # Who reads is asked again with the next request, which the page makes at once.
+        until = time.monotonic() + ASK_SECONDS if "viewer" in request.scope else math.inf
+        while not self.feed.closed and time.monotonic() < until:
             seen = self.feed.version
             html = self._render("live.html", request, page(request))
             now = f"id: {self.feed.clock()}\n"

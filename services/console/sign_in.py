@@ -1,10 +1,12 @@
 """Sign in at an identity provider: OpenID Connect, authorization code with PKCE.
 
-What is kept of it lies in the reader's cookies, signed.
+Who somebody is lies in a signed cookie. What the provider is asked again with, to hear of a role that was taken away, is in
+this process's memory alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -12,6 +14,7 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -23,11 +26,27 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 FLOW, SESSION = "connito_sign_in", "connito_session"
-# A session says what somebody was at the provider when it began: whoever loses a role there keeps it here for so long.
 FLOW_SECONDS, SESSION_SECONDS = 600, 3600
+# The provider is asked again, when the reader comes, after so long; whoever loses a role there keeps it here no longer. Where it
+# gives nothing to ask with, the session's hour is the limit.
+ASK_SECONDS = 45
+# The oldest is forgotten for one more; its reader is sent to the provider again.
+MOST_SESSIONS = 10_000
 # Browsers keep no larger cookie.
 MAX_COOKIE = 3800
 BEGIN, BACK = "/sign-in", "/sign-in/back"
+
+
+@dataclass
+class _Session:
+    """Who reads, as the provider said at `asked_at`, and what it is asked again with; without either it cannot be."""
+
+    subject: str
+    viewer: Viewer
+    asked_at: float
+    access: str = ""
+    refresh: str = ""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class SignIn:
@@ -40,6 +59,7 @@ class SignIn:
         self.tokens, self._client, self._client_secret = tokens, client, client_secret
         self._back, self._scopes = url.rstrip("/") + BACK, scopes
         self._secret, self._clock = secret, clock
+        self._sessions: dict[str, _Session] = {}
 
     async def begin(self) -> tuple[str, str]:
         """Return where to send the reader, and the cookie that comes back with them. Raises `Retry`, `Invalid`."""
@@ -62,23 +82,64 @@ class SignIn:
             raise refusal(f"the identity provider says {query['error'][:100]}")
         if "iss" in query and query["iss"] != self.tokens.provider.issuer:
             raise refusal("another provider answered")
-        claims = await self._redeem(query.get("code", ""), flow)
-        viewer = self.tokens.viewer(claims)
-        sealed = self._seal(
-            SESSION,
-            {"name": viewer.name, "organisations": sorted(viewer.organisations), "everything": viewer.everything},
-            SESSION_SECONDS,
-        )
+        claims, session = await self._redeem(query.get("code", ""), flow)
+        viewer, name = self.tokens.viewer(claims), secrets.token_urlsafe(16)
+        session.viewer = viewer
+        what = {"name": viewer.name, "organisations": sorted(viewer.organisations), "everything": viewer.everything}
+        asked = {"id": name, "asked": int(self._clock())} if session.refresh or session.access else {}
+        sealed = self._seal(SESSION, {**what, **asked}, SESSION_SECONDS)
         if len(sealed) > MAX_COOKIE:
             raise refusal("it names more organisations than fit into a cookie")
+        if asked:
+            while len(self._sessions) >= MOST_SESSIONS:
+                self._sessions.pop(next(iter(self._sessions)))
+            self._sessions[name] = session
         return sealed
 
-    def viewer(self, cookies: Mapping[str, str]) -> Viewer | None:
-        """Return who the session's cookie stands for, None without a valid one."""
+    async def viewer(self, cookies: Mapping[str, str]) -> Viewer | None:
+        """Return who the session's cookie stands for, None without a valid one, or where the provider takes it back."""
         found = self._open(SESSION, cookies.get(SESSION, ""))
         if found is None:
             return None
+        session = self._sessions.get(str(found.get("id", "")))
+        if session is not None:
+            return await self._still(str(found["id"]), session)
+        # Begun at another process, or before this one was started: the reader is sent to the provider again soon.
+        if "asked" in found and self._clock() - found["asked"] >= ASK_SECONDS:
+            return None
         return Viewer(found["name"], frozenset(found["organisations"]), everything=bool(found["everything"]))
+
+    async def _still(self, name: str, session: _Session) -> Viewer | None:
+        """Ask the provider, where that is due, who the reader is by now; while it is away, what it said last counts."""
+        async with session.lock:
+            if self._clock() - session.asked_at >= ASK_SECONDS:
+                session.asked_at = self._clock()
+                try:
+                    session.viewer = self.tokens.viewer(await self._again(session))
+                except Retry:
+                    pass
+                except Invalid:
+                    self._sessions.pop(name, None)
+                    return None
+        return session.viewer if name in self._sessions else None
+
+    async def _again(self, session: _Session) -> dict[str, Any]:
+        """Return what the provider says of a session's reader now. Raises `Invalid` where it has ended there, `Retry`."""
+        claims: dict[str, Any] = {"sub": session.subject}
+        if session.refresh:
+            answer = await self._token({"grant_type": "refresh_token", "refresh_token": session.refresh})
+            session.refresh = str(answer.get("refresh_token") or session.refresh)
+            session.access = str(answer.get("access_token") or session.access)
+            if answer.get("id_token"):
+                claims = await self.tokens.claims(str(answer["id_token"]), self._client)
+                if claims["sub"] != session.subject:
+                    raise refusal("the provider speaks of somebody else")
+        return claims if claims_at(claims, self.tokens.claim) is not None else await self._more(claims, session.access)
+
+    def forget(self, cookies: Mapping[str, str]) -> None:
+        """End a session here, whoever still has its cookie."""
+        found = self._open(SESSION, cookies.get(SESSION, "")) or {}
+        self._sessions.pop(str(found.get("id", "")), None)
 
     def routes(self, *, secure: bool) -> list[Route]:
         """Return the two places that a browser goes to. `secure`: a proxy in front speaks TLS."""
@@ -104,27 +165,44 @@ class SignIn:
 
         return [Route(BEGIN, _explained(begin)), Route(BACK, _explained(back))]
 
-    async def _redeem(self, code: str, flow: Mapping[str, Any]) -> dict[str, Any]:
-        """Exchange the code for what the provider says of the reader, in the ID token or beside it."""
-        provider = self.tokens.provider
-        form = {
-            "grant_type": "authorization_code", "code": code, "redirect_uri": self._back,
-            "code_verifier": str(flow["verifier"]), "client_id": self._client,
-        }  # fmt: skip
-        headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-        if self._client_secret:
-            pair = f"{quote(self._client, safe='')}:{quote(self._client_secret, safe='')}"
-            headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        address = await provider.about("token_endpoint")
-        answer = await provider.answer("POST", address, headers, urlencode(form).encode())
+    async def _redeem(self, code: str, flow: Mapping[str, Any]) -> tuple[dict[str, Any], _Session]:
+        """Exchange the code for what the provider says of the reader, in the ID token or beside it, and what asks it again."""
+        answer = await self._token(
+            {
+                "grant_type": "authorization_code",
+                "code": code,
+                "redirect_uri": self._back,
+                "code_verifier": str(flow["verifier"]),
+            }
+        )
         claims = await self.tokens.claims(str(answer.get("id_token", "")), self._client)
         if not hmac.compare_digest(str(claims.get("nonce", "")).encode(), str(flow["nonce"]).encode()):
             raise refusal("it answers another question (its nonce is wrong)")
         if isinstance(claims["aud"], list) and len(claims["aud"]) > 1 and claims.get("azp") != self._client:
             raise refusal("it is for several, and not first for this console")
-        if claims_at(claims, self.tokens.claim) is None and isinstance(answer.get("access_token"), str):
-            return await self._more(claims, answer["access_token"])
-        return claims
+        access, refresh = (str(answer.get(name) or "") for name in ("access_token", "refresh_token"))
+        beside = dict(claims)
+        if access and (not refresh or claims_at(claims, self.tokens.claim) is None):
+            try:
+                beside = await self._more({"sub": claims["sub"]}, access)
+            except (Invalid, Retry):
+                if claims_at(claims, self.tokens.claim) is None:
+                    raise
+        # An access token asks again only where what lies beside the ID token says what somebody may see.
+        asks = access if refresh or claims_at(beside, self.tokens.claim) is not None else ""
+        nobody = Viewer(f"oidc:{claims['sub']}")
+        return {**beside, **claims}, _Session(claims["sub"], nobody, self._clock(), asks, refresh)
+
+    async def _token(self, form: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the provider gives for a code or a refresh token. Raises `Invalid` where it gives nothing, `Retry`."""
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+        if self._client_secret:
+            pair = f"{quote(self._client, safe='')}:{quote(self._client_secret, safe='')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        address = await self.tokens.provider.about("token_endpoint")
+        return await self.tokens.provider.answer(
+            "POST", address, headers, urlencode({**form, "client_id": self._client}).encode()
+        )
 
     async def _more(self, claims: dict[str, Any], token: str) -> dict[str, Any]:
         """Ask the provider for what the ID token leaves out."""

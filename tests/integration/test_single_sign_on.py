@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,11 +22,14 @@ import pytest
 from connito.client import Client
 from connito.errors import Invalid, NotFound
 from connito.platform.servers import NatsServer, ObjectStore, free_ports
+from connito.service.oidc import Provider as Known
+from connito.service.oidc import Tokens
 from connito.store import ArtifactStore
 from connito.v1 import cycle_pb2, run_pb2
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
+from services.console.sign_in import ASK_SECONDS, SESSION, SignIn
 from tests.integration.conftest import BusFactory
 from tests.integration.test_console import Console
 from tests.integration.test_library import deposited, finish
@@ -216,6 +220,27 @@ async def redeemed(browser: Browser, provider: Provider, code: str, verifier: st
     }  # fmt: skip
     answer = (await browser.http.post(f"{provider.issuer}/token", data=form)).json()
     return answer["access_token"], answer["id_token"]
+
+
+async def test_a_role_that_is_taken_away_there_is_gone_here_within_a_minute(provider: Provider) -> None:
+    now, roster = time.time(), Roster(organisations={"clinic": frozenset()})
+    tokens = Tokens(Known(provider.issuer), "connito", "groups", roster)
+    signing = SignIn(
+        tokens, "console", SECRET, provider.back.removesuffix("/sign-in/back"), "openid groups", b"k" * 32, lambda: now
+    )
+    place, flow = await signing.begin()
+    async with Browser("ada") as browser:
+        sent = await browser.sign_in(place, stop=provider.back)
+        back = {name: values[0] for name, values in parse_qs(urlsplit(sent.headers["location"]).query).items()}
+        cookies = {SESSION: await signing.end(back, flow)}
+        await browser.get(f"{provider.issuer}/dismiss")
+    seen = await signing.viewer(cookies)
+    assert seen is not None
+    assert seen.organisations == {"clinic"}
+    now += ASK_SECONDS
+    seen = await signing.viewer(cookies)
+    assert seen is not None
+    assert not seen.organisations
 
 
 async def test_programs_read_with_a_token_and_change_nothing(house: House, provider: Provider) -> None:

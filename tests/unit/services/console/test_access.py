@@ -7,14 +7,14 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
 import pytest
-from connito.errors import Fatal
-from connito.library.governance import Viewer
+from connito.errors import Fatal, Invalid, Retry
+from connito.service.oidc import Tokens
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
 from services.console.access import COOKIE, SESSION_SECONDS, Access, Guard
 from services.console.settings import ConsoleSettings
-from services.console.sign_in import FLOW, SESSION, SignIn
+from services.console.sign_in import ASK_SECONDS, FLOW, SESSION, SignIn
 
 TOKEN = "correct-horse-battery"
 
@@ -69,18 +69,106 @@ def test_a_cookie_lasts_its_time_and_cannot_be_prolonged() -> None:
     assert not access.admits(Headers(), {COOKIE: cookie})
 
 
-def test_a_role_that_is_taken_away_at_the_provider_is_gone_within_the_hour() -> None:
-    now = 1_000_000.0
-    signing = SignIn(MagicMock(), "console", "", "https://console.example.com", "openid", b"k" * 32, lambda: now)
-    signing.tokens.viewer.return_value = Viewer("ada", frozenset({"clinic"}))  # type: ignore[attr-defined]
-    signing._redeem = AsyncMock(return_value={})  # type: ignore[method-assign]
-    flow = signing._seal(FLOW, {"state": "s", "nonce": "n", "verifier": "v"}, 600)
-    cookies = {SESSION: asyncio.run(signing.end({"state": "s", "code": "c"}, flow))}
-    access = Access("", sign_in=signing)
-    now += 3599
-    assert asyncio.run(access.viewer(Headers(), cookies)) == Viewer("ada", frozenset({"clinic"}))
-    now += 1
-    assert asyncio.run(access.viewer(Headers(), cookies)) is None, "the provider is asked again"
+class Asked:
+    """A sign-in by ada of the clinic at a provider that gives these tokens; `says` is what it answers when asked again."""
+
+    def __init__(self, **given: str) -> None:
+        self.now, self.says = 1_000_000.0, AsyncMock(return_value={"sub": "ada", "groups": ["clinic:reader"]})
+        provider = MagicMock(issuer="https://login.example.com")
+        provider.about, provider.answer = AsyncMock(return_value="https://login.example.com/x"), self.says
+        roster = MagicMock(organisations={"clinic"})
+        self.tokens = Tokens(provider, "connito", "groups", roster)
+        said = {"sub": "ada", "aud": "console", "nonce": "n", "groups": ["clinic:reader"]}
+        self.tokens.claims = AsyncMock(return_value=said)  # type: ignore[method-assign]
+        self.signing, self.access = self.process()
+        flow = self.signing._seal(FLOW, {"state": "s", "nonce": "n", "verifier": "v"}, 600)
+        self.says.side_effect = [{"id_token": "i", **given}, {"sub": "ada", "groups": ["clinic:reader"]}]
+        self.cookies = {SESSION: asyncio.run(self.signing.end({"state": "s", "code": "c"}, flow))}
+        self.says.reset_mock(side_effect=True)
+
+    def process(self) -> tuple[SignIn, Access]:
+        signing = SignIn(
+            self.tokens, "console", "", "https://console.example.com", "openid", b"k" * 32, lambda: self.now
+        )
+        return signing, Access("", sign_in=signing)
+
+    def sees(self) -> set[str] | None:
+        found = asyncio.run(self.access.viewer(Headers(), self.cookies))
+        return None if found is None else set(found.organisations)
+
+
+def test_a_role_that_is_taken_away_is_gone_within_a_minute() -> None:
+    ada = Asked(access_token="a")
+    ada.now += ASK_SECONDS - 1
+    assert ada.sees() == {"clinic"}
+    assert not ada.says.await_count
+    ada.says.return_value = {"sub": "ada", "groups": []}
+    ada.now += 1
+    assert ada.sees() == set()
+    assert ASK_SECONDS < 60
+
+
+def test_a_refresh_token_asks_where_the_access_token_has_ended() -> None:
+    ada = Asked(access_token="a", refresh_token="r")
+    ada.says.return_value = {"id_token": "j", "refresh_token": "r2"}
+    ada.tokens.claims = AsyncMock(return_value={"sub": "ada", "aud": "console", "groups": ["clinic:reader"]})  # type: ignore[method-assign]
+    for used in ("r", "r2"):
+        ada.now += ASK_SECONDS
+        assert ada.sees() == {"clinic"}
+        assert f"refresh_token={used}&" in ada.says.await_args_list[-1].args[3].decode()
+    ada.tokens.claims.return_value = {"sub": "eve", "aud": "console", "groups": ["clinic:reader"]}
+    ada.now += ASK_SECONDS
+    assert ada.sees() is None, "the provider speaks of somebody else"
+
+
+@pytest.mark.parametrize("given", [{"access_token": "a"}, {"access_token": "a", "refresh_token": "r"}])
+def test_a_session_that_the_provider_ended_is_over_and_one_that_is_away_ends_none(given: dict[str, str]) -> None:
+    ada = Asked(**given)
+    ada.now += ASK_SECONDS
+    ada.says.side_effect = Retry("away")
+    assert ada.sees() == {"clinic"}
+    assert (ada.sees(), ada.says.await_count) == ({"clinic"}, 1), "it is not asked with every request"
+    ada.now += ASK_SECONDS
+    ada.says.side_effect = Invalid("invalid_grant")
+    assert ada.sees() is None
+    ada.says.side_effect = None
+    assert ada.sees() is None, "it does not come back"
+
+
+def test_without_anything_to_ask_with_a_session_ends_with_its_hour() -> None:
+    ada = Asked()
+    ada.now += 3599
+    assert ada.sees() == {"clinic"}
+    ada.now += 1
+    assert ada.sees() is None
+
+
+def test_another_process_knows_a_session_as_long_as_nobody_has_to_be_asked() -> None:
+    ada = Asked(access_token="a")
+    ada.signing, ada.access = ada.process()
+    ada.now += ASK_SECONDS - 1
+    assert ada.sees() == {"clinic"}
+    ada.now += 1
+    assert ada.sees() is None
+
+
+def test_who_has_logged_out_stays_out() -> None:
+    ada = Asked(access_token="a")
+    ada.signing.forget(ada.cookies)
+    ada.now += ASK_SECONDS
+    assert ada.sees() is None
+
+
+def test_requests_at_once_ask_the_provider_once() -> None:
+    ada = Asked(access_token="a", refresh_token="r")
+    ada.says.return_value = {"id_token": "j"}
+    ada.now += ASK_SECONDS
+
+    async def together() -> None:
+        await asyncio.gather(*(ada.access.viewer(Headers(), ada.cookies) for _ in range(8)))
+
+    asyncio.run(together())
+    assert ada.says.await_count == 1
 
 
 def test_no_token_is_never_known() -> None:
