@@ -154,12 +154,19 @@ def _platform(root: Path) -> Iterator[Check]:
             return
         session = Session.open(None if elsewhere else root, role="operator")
     except ConnitoError as error:
-        yield Check("broker", False, str(error), "see the message; `connito down` and `connito up` start it anew")
+        remedy = (
+            "see the message" if os.environ.get("CONNITO_NATS_URL") else "`connito down` and `connito up` start it anew"
+        )
+        yield Check("broker", False, str(error), remedy)
         return
     from connito.local import doctor_miner, doctor_platform
 
-    yield from blocking(doctor_platform.look(session, with_store=session.has_store))
+    found = blocking(doctor_platform.look(session, with_store=session.has_store))
+    yield from found
     me, roster = session.identity.public, session.roster
+    # What a miner's key sees goes through the broker.
+    if not found[0].ok:
+        return
     if not roster.serves(me) and not roster.permits("customer", me):
         yield from blocking(doctor_miner.look(session))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import time
@@ -35,16 +36,14 @@ MAX_SKEW_SECONDS = 5.0
 PROBE_BYTES = 4 << 20
 SLOW_BYTES_PER_SECOND = 1_000_000
 EXPIRY_WARNING_DAYS = 14
+_TLS_SECONDS = 5.0
 X509_HAS_EXPIRED = 10  # What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED.
 
 
 async def look(session: Session, *, with_store: bool) -> list[Check]:
-    """Run every check, in an order in which the first that fails explains those after it."""
-    checks = await _broker(session)
-    checks += await _expiries(session)
-    if with_store:
-        checks += await _store(session)
-    return checks
+    """Run every check at once; they come in an order in which the first that fails explains those after it."""
+    looks = [_broker(session), _expiries(session), *([_store(session)] if with_store else [])]
+    return [check for found in await asyncio.gather(*looks) for check in found]
 
 
 async def _broker(session: Session) -> list[Check]:
@@ -100,21 +99,27 @@ def _where(facts: RunFacts, now_ms: int, stake: Stake) -> str:
 
 async def _expiries(session: Session) -> list[Check]:
     store = session.platform.s3_endpoint if session.platform else os.environ.get("CONNITO_S3_ENDPOINT", "")
-    checks = []
-    for scheme, host, port in certificates.endpoints([session.nats_url, store]):
-        name, remedy = f"certificate of {host}:{port}", "renew it, and reload the server that shows it"
-        try:
-            end = await certificates.expiry(scheme, host, port, certificates.context_of(scheme, session.tls))
-        except (OSError, TimeoutError, Fatal) as error:
-            trusted = "CONNITO_TLS_CA" if scheme == "tls" else "SSL_CERT_FILE"
-            untrusted = f"see the message; {trusted} names the authority to trust"
-            expired = isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == X509_HAS_EXPIRED
-            checks.append(Check(name, False, str(error), remedy if expired else untrusted))
-            continue
-        days = (end - time.time()) / 86400
-        found = f"valid until {formats.day(1000 * end)}, {formats.count(round(days), 'day')}"
-        checks.append(Check(name, days > EXPIRY_WARNING_DAYS, found, remedy, warning=days > 0))
-    return checks
+    shown = dict.fromkeys(certificates.endpoints([session.nats_url, store]))
+    return await asyncio.gather(*(_expiry(session, *endpoint) for endpoint in shown))
+
+
+async def _expiry(session: Session, scheme: str, host: str, port: int) -> Check:
+    name, remedy = f"certificate of {host}:{port}", "renew it, and reload the server that shows it"
+    try:
+        context = certificates.context_of(scheme, session.tls)
+        end = await certificates.expiry(scheme, host, port, context, _TLS_SECONDS)
+    except TimeoutError:
+        return Check(
+            name, False, f"nobody answers there within {_TLS_SECONDS:.0f} s", "start it, or open the way to it"
+        )
+    except (OSError, Fatal) as error:
+        trusted = "CONNITO_TLS_CA" if scheme == "tls" else "SSL_CERT_FILE"
+        untrusted = f"see the message; {trusted} names the authority to trust"
+        expired = isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == X509_HAS_EXPIRED
+        return Check(name, False, str(error), remedy if expired else untrusted)
+    days = (end - time.time()) / 86400
+    found = f"valid until {formats.day(1000 * end)}, {formats.count(round(days), 'day')}"
+    return Check(name, days > EXPIRY_WARNING_DAYS, found, remedy, warning=days > 0)
 
 
 async def _store(session: Session) -> list[Check]:

@@ -38,13 +38,12 @@ async def expiry(scheme: str, host: str, port: int, context: ssl.SSLContext, tim
     none.
     """
     async with asyncio.timeout(timeout_s):
-        if scheme in _TLS_AT_ONCE:
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-        else:
-            reader, writer = await asyncio.open_connection(host, port)
-            await reader.readline()
-            await writer.start_tls(context, server_hostname=host)
+        at_once = scheme in _TLS_AT_ONCE
+        reader, writer = await asyncio.open_connection(host, port, ssl=context if at_once else None)
         try:
+            if not at_once:
+                await reader.readline()
+                await writer.start_tls(context, server_hostname=host)
             certificate = writer.get_extra_info("peercert")
         finally:
             writer.close()
