@@ -39,7 +39,7 @@ BEGIN, BACK = "/sign-in", "/sign-in/back"
 
 @dataclass
 class _Session:
-    """Who reads, as the provider said at `asked_at`, and what it is asked again with; without either it cannot be."""
+    """A reader as the provider saw them at `asked_at`, and the tokens it is asked again with."""
 
     subject: str
     viewer: Viewer
