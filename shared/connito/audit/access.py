@@ -153,7 +153,6 @@ async def _reopen(folder: Path, fresh: Path, stack: AsyncExitStack) -> Access:
     await asyncio.gather(asyncio.to_thread(nats.start), asyncio.to_thread(weed.start))
     bus = await stack.enter_async_context(await Bus.connect(nats.url, None, "audit"))
     store = ArtifactStore(weed.url, weed.access_key, weed.secret_key, BUCKET, REGION, fresh)
-    # Runs of before hold-outs were sealed are read without a key.
     return Access(bus, store, Roster.load(data.roster), data.cache, _key_at(data.keys / "customer.nk"))
 
 

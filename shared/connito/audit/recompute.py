@@ -286,10 +286,7 @@ def expert(work: Recomputation) -> Step:
 
 
 def _deposit_fault(again: Deposited, recorded: bytes, message: run_pb2.ExpertDeposited) -> str:
-    """Return what is wrong with a deposit. Its card words the record for people and is taken as it is.
-
-    A record of before there were attestations has to say, as far as it goes, what the log says.
-    """
+    """Return what is wrong with a deposit. Its card words the record for people and is taken as it is."""
     from connito.library.record import RECORD_MEDIA_TYPE, encode
     from connito.store import ref_of_bytes
 
@@ -300,12 +297,8 @@ def _deposit_fault(again: Deposited, recorded: bytes, message: run_pb2.ExpertDep
     odd = sorted(key for key in there if key != "card" and there[key] != here.get(key))
     if odd:
         return f"the record says another {odd[0]} than the log"
-    if message.HasField("attestation"):
-        with_card = encode(here | {"card": there.get("card")})
-        again.message.record.CopyFrom(ref_of_bytes(with_card, RECORD_MEDIA_TYPE, message.record))
-    else:
-        again.message.record.CopyFrom(message.record)
-        again.message.ClearField("attestation")
+    with_card = encode(here | {"card": there.get("card")})
+    again.message.record.CopyFrom(ref_of_bytes(with_card, RECORD_MEDIA_TYPE, message.record))
     return first_difference(again.message, message)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nats.errors import NoRespondersError
@@ -217,25 +217,17 @@ def _durable_config(durable: Durable) -> api.ConsumerConfig:
 
 async def _ensure_stream(js: JetStreamContext, config: api.StreamConfig) -> None:
     try:
-        found = await js.stream_info(config.name or "")
+        await js.update_stream(config)
     except NotFoundError:
         await js.add_stream(config)
-    else:
-        # A broker does not take this back: what an earlier version declared stays as long as the stream.
-        await js.update_stream(replace(config, deny_purge=found.config.deny_purge))
 
 
 async def release(js: JetStreamContext, run: str, names: Sequence[str] = RELEASED) -> None:
     """Drop a run's windows, and what its miners said, from the streams. For the operator, who has them in an archive, or
-    drops what was said of a run that does not exist.
-
-    Raises `Invalid` for streams of an earlier version, which never let go.
+    drops what was said of a run that does not exist. Raises `Invalid` where the broker refuses.
     """
     for name in names:
         try:
             await js.purge_stream(name, subject=STREAMS[name].filter(run))
         except APIError as error:
-            raise Invalid(
-                f"stream {name} does not let {run} go: {error.description}; streams that an earlier version declared "
-                "keep everything for good"
-            ) from error
+            raise Invalid(f"stream {name} does not let {run} go: {error.description}") from error

@@ -166,7 +166,7 @@ class _Bench:
         policy.CopyFrom(spec.training)
         policy.replay_share = share
         general = None if corpora.replay is None or not share else sequences(corpora.replay, spec)
-        batches = batches_of(spec.run, policy, 1, _MINER, [_MINER], sequences(corpora.train, spec), general)
+        batches = batches_of(spec.run, policy, 1, _MINER, [_MINER], sequences(corpora.train, spec), "", general)
         what = f"{_WHAT}, replay {share:g}"
 
         def on_step(step: Step) -> None:

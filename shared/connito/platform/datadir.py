@@ -33,7 +33,7 @@ class Platform:
     error: str = ""
 
 
-# Folders of the servers and services. An `up` of before they were made private has left them open.
+# Folders of the servers and services.
 _PRIVATE = ("accounts", "cache", "cache-miners", "keys", "logs", "miners", "nats", "objects", "ports", "runs", "shelf")
 
 

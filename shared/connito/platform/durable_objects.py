@@ -17,8 +17,6 @@ import grpc
 from connito.files import write_durably
 
 _DATABASE = '[sqlite]\nenabled = true\ndbFile = "objects/filer.db"\n'
-# Of a folder that an earlier version made.
-_UNSYNCED_DATABASE = '[leveldb2]\nenabled = true\ndir = "objects/filerldb2"\n'
 _ENTRY_BYTES, _EMPTY_VOLUME_BYTES = 16, 8
 _REFUSED = "/etc/connito-rules-in-force"
 _RULES = json.dumps(
@@ -30,8 +28,7 @@ def prepare(folder: Path) -> None:
     """Make `folder` ready for a server that starts in it: where its names go, and no index that may lack entries."""
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
-    unsynced = (objects / "filerldb2").exists()
-    write_durably(folder / "filer.toml", _UNSYNCED_DATABASE if unsynced else _DATABASE)
+    write_durably(folder / "filer.toml", _DATABASE)
     mark, boot = objects / "boot", _boot_id()
     before = mark.read_text() if mark.exists() else ""
     for index in objects.glob("*.idx"):

@@ -29,7 +29,7 @@ Digested = tuple[str, int]
 
 
 def is_coded(policy: TrainPolicy) -> bool:
-    """Return whether submissions under a policy are coded; in runs of before there were codecs they are rows."""
+    """Return whether submissions under a policy are coded; they are rows where it says nothing."""
     return policy.codec not in ("", ROWS)
 
 

@@ -55,7 +55,7 @@ def miner_batches(facts: RunFacts, cycle: int, miner: str, train: Rows, replay: 
     policy = progress.training(facts, cycle)
     head = facts.head(cycle)
     turn = "" if head is None else head.message.checkpoint
-    return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, replay, given, turn)
+    return batches_of(facts.run, policy, cycle, miner, miners_of(facts, cycle), train, turn, replay, given)
 
 
 def batches_of(
@@ -65,9 +65,9 @@ def batches_of(
     miner: str,
     miners: Sequence[str],
     train: Rows,
+    turn: str,
     replay: Rows | None = None,
     given: tuple[int, int] = (0, 0),
-    turn: str = "",
 ) -> Rows:
     """Return `miner_batches` for given miners and policy, after `given` rows of `train` and of `replay` were given out."""
     replayed = _replay_slots(policy, replay)
@@ -87,22 +87,19 @@ def share_of(
     miners: Sequence[str],
     before: int,
     key: tuple[str, ...],
-    turn: str = "",
+    turn: str,
 ) -> NDArray[np.int64]:
     """Return the numbers, below `count`, of the `needed` rows that a miner reads in a cycle.
 
     The m miners of a cycle share the next m · needed rows in the run's order, which is a new permutation for each epoch, in
-    the order that `turn` draws, or else each takes every m-th; `before` rows were given out in earlier cycles. So miners are
+    the order that `turn` draws; `before` rows were given out in earlier cycles. So miners are
     apart, unless they need more than there is. A miner that came after the cycle began draws a sample of its own: the others'
     shares stand already.
     """
-    drawn = (turn,) if turn else ()
     if miner not in miners:
-        return np.resize(_permutation(count, "sample", *key, cycle, miner, *drawn), needed)
+        return np.resize(_permutation(count, "sample", *key, cycle, miner, turn), needed)
     place = sorted(miners).index(miner) + len(miners) * np.arange(needed)
-    if turn:
-        place = _permutation(len(miners) * needed, "turn", *key, cycle, turn)[place]
-    place = before + place
+    place = before + _permutation(len(miners) * needed, "turn", *key, cycle, turn)[place]
     epochs, within = np.divmod(place, count)
     chosen = np.empty(needed, np.int64)
     for epoch in np.unique(epochs).tolist():

@@ -36,7 +36,7 @@ def test_documents_are_apart() -> None:
     st.integers(1, 60),
     st.integers(1, 9),
     st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6, unique=True), min_size=1, max_size=8),
-    st.sampled_from(["", "head"]),
+    st.sampled_from(["head", "other"]),
 )
 def test_nothing_comes_again_before_everything_came_once(
     count: int, needed: int, cycles: list[list[str]], turn: str
@@ -51,21 +51,23 @@ def test_nothing_comes_again_before_everything_came_once(
 
 
 def test_one_epoch_of_draws_sees_every_row() -> None:
-    taken = [share_of(120, 10, cycle, m, MINERS, 30 * (cycle - 1), ("r",)) for cycle in (1, 2, 3, 4) for m in MINERS]
+    taken = [
+        share_of(120, 10, cycle, m, MINERS, 30 * (cycle - 1), ("r",), "head") for cycle in (1, 2, 3, 4) for m in MINERS
+    ]
     assert sorted(np.concatenate(taken).tolist()) == list(range(120))
 
 
 def test_miners_are_apart_and_anyone_can_recompute_it() -> None:
-    given_out = {m: share_of(100, 20, 2, m, MINERS, 100, ("r",)).tolist() for m in MINERS}
+    given_out = {m: share_of(100, 20, 2, m, MINERS, 100, ("r",), "head").tolist() for m in MINERS}
     assert len(set().union(*given_out.values())) == 60
-    assert share_of(100, 20, 2, "UB", ["UC", "UB", "UA"], 100, ("r",)).tolist() == given_out["UB"]
-    assert share_of(100, 20, 2, "UB", MINERS, 100, ("other",)).tolist() != given_out["UB"]
+    assert share_of(100, 20, 2, "UB", ["UC", "UB", "UA"], 100, ("r",), "head").tolist() == given_out["UB"]
+    assert share_of(100, 20, 2, "UB", MINERS, 100, ("other",), "head").tolist() != given_out["UB"]
 
 
 def test_a_newcomer_draws_a_sample_of_its_own() -> None:
-    late = share_of(100, 20, 1, "UX", MINERS, 0, ("r",)).tolist()
+    late = share_of(100, 20, 1, "UX", MINERS, 0, ("r",), "head").tolist()
     assert len(set(late)) == 20
-    assert late != share_of(100, 20, 2, "UX", MINERS, 0, ("r",)).tolist()
+    assert late != share_of(100, 20, 2, "UX", MINERS, 0, ("r",), "head").tolist()
 
 
 def test_nobody_knows_the_text_of_a_cycle_before_its_head() -> None:
@@ -101,7 +103,7 @@ def test_what_was_given_out_before_follows_from_the_log() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.25, 5), (0.5, 10)])
 def test_replay_takes_its_share_evenly(share: float, expected: int) -> None:
     asked = spec(5, 4, 1, replay=share)
-    batch = batches_of("r", asked.training, 1, "UA", MINERS, numbered(60), numbered(20, 1000))
+    batch = batches_of("r", asked.training, 1, "UA", MINERS, numbered(60), "head", numbered(20, 1000))
     replayed = batch[:, :, 0] >= 1000
     assert replayed.sum() == expected
     assert replayed.sum(1).max() - replayed.sum(1).min() <= 1
@@ -110,9 +112,9 @@ def test_replay_takes_its_share_evenly(share: float, expected: int) -> None:
 def test_replay_goes_through_epochs_too() -> None:
     asked = spec(5, 4, 1, replay=0.5)
     found = [
-        batches_of("r", asked.training, cycle, "UA", ["UA"], numbered(60), numbered(20, 1000), (0, 10 * (cycle - 1)))[
-            :, :, 0
-        ]
+        batches_of(
+            "r", asked.training, cycle, "UA", ["UA"], numbered(60), "head", numbered(20, 1000), (0, 10 * (cycle - 1))
+        )[:, :, 0]
         for cycle in (1, 2)
     ]
     general = np.concatenate([batch[batch >= 1000] for batch in found])
@@ -121,9 +123,9 @@ def test_replay_goes_through_epochs_too() -> None:
 
 def test_a_share_of_everything_is_refused() -> None:
     with pytest.raises(Invalid, match="replay share"):
-        batches_of("r", spec(1, 1, 1, replay=1.0).training, 1, "UA", MINERS, numbered(5), numbered(5))
+        batches_of("r", spec(1, 1, 1, replay=1.0).training, 1, "UA", MINERS, numbered(5), "head", numbered(5))
 
 
 def test_the_order_stands() -> None:
     """A change of these values changes what every miner of a running run trains on."""
-    assert share_of(100, 4, 2, "UB", MINERS, 12, ("train", "r")).tolist() == [49, 91, 30, 73]
+    assert share_of(100, 4, 2, "UB", MINERS, 12, ("train", "r"), "head").tolist() == [18, 13, 21, 51]
