@@ -25,7 +25,7 @@ from connito.protocol.policy.choices import ADAMW, MUON
 from connito.protocol.progress import training
 from connito.protocol.sequences import miner_batches, replays, sequences
 from connito.runtime import logs, metrics
-from connito.runtime.compute import ComputeBudget, in_thread
+from connito.runtime.compute import ComputeBudget, in_thread, set_threads
 from connito.v1.run_pb2 import CorpusRef, RunSpec, TrainPolicy
 from connito.wire.facts import RunFacts, experts_of
 
@@ -184,7 +184,7 @@ class LocalTrainer:
             self._loaded = None
             begun = time.perf_counter()
             settings = self._settings
-            prepare_torch(settings.torch_threads)
+            set_threads(settings.torch_threads)
             devices = devices_of(settings.device)
             device = devices[0]
             work = check_memory(facts, base, device, settings, engine_of(settings, devices))
@@ -329,14 +329,6 @@ def check_memory(facts: RunFacts, base: Base, device: Any, settings: TrainerSett
         checkpointing=work.engine.checkpointing,
     )
     return work
-
-
-def prepare_torch(threads: int) -> None:
-    """Import torch and bound its threads; 0 leaves its own choice, one per core."""
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def engine_of(settings: TrainerSettings, devices: Sequence[Any]) -> Engine:

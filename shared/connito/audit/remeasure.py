@@ -32,6 +32,7 @@ from connito.protocol.merging.gate import Part
 from connito.protocol.scoring.evaluation import Evaluation, rejected, score
 from connito.protocol.scoring.racing import InterimLook, looks
 from connito.protocol.sequences import replays
+from connito.runtime.compute import set_threads
 from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
 from connito.views.sentences import sentence
 from connito.wire.enums import reason_name
@@ -52,11 +53,8 @@ class Models:
     """
 
     def __init__(self, evidence: Evidence, artifacts: Artifacts, threads: int) -> None:
-        import torch
-
         self._evidence, self._artifacts = evidence, artifacts
-        if threads:
-            torch.set_num_threads(threads)
+        set_threads(threads)
 
     @functools.cached_property
     def scoring(self) -> scoring.SubmissionEvaluator:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from connito.local.doctor_platform import Check
 from connito.render import formats
+from connito.runtime.compute import usable_cores
 from connito.runtime.tasks import blocking
 
 # JetStream behaves as the bus needs it from here on.
@@ -90,7 +91,7 @@ def _memory(_: Path) -> Iterator[Check]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     remedy = "the demo base needs 4 GB; use `--base tiny`, or fewer miners and validators"
     yield Check("memory", pages >= _NEEDED_MEMORY, formats.size(pages), remedy, warning=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     yield Check("cores", cores >= 2, str(cores), "two cores or more keep the demo within minutes", warning=True)
 
 

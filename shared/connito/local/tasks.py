@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from connito.errors import ConnitoError, Invalid, Unusable
+from connito.runtime.compute import set_threads
 from connito.runtime.waiting import here_and_now, of_rights
 
 
@@ -70,9 +71,7 @@ def main(name: str, params: dict[str, Any]) -> None:
     """Run one task."""
     threads = int(os.environ.get("CONNITO_TORCH_THREADS", "0"))
     if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+        set_threads(threads)
     try:
         _print({"result": TASKS[name](params)})
     except Exception as error:

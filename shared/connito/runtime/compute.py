@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import fcntl
 import itertools
+import math
 import os
 import tempfile
 import threading
@@ -29,6 +30,9 @@ from connito.runtime.waiting import WAITING
 log = get_logger("compute")
 
 R = TypeVar("R")
+
+# Microseconds of processors in a period, and the period: what a container may use.
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 # In the line everybody looks equally often, or who came last would come first. Its head, who looks alone, does so after an eighth
 # of the time that it has waited, between these: most steps of a small model are over within moments.
@@ -156,8 +160,12 @@ class ComputeBudget:
 
 
 def usable_cores() -> int:
-    """Return cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return cores that this process may use: those that it may run on, or as many of them as its container is granted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # No such file, or "max".
+        quota, period = map(int, CPU_MAX.read_text().split())
+        cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
 
 
 def give_back_memory() -> None:
@@ -203,8 +211,13 @@ async def in_thread(work: Callable[[threading.Event], R]) -> R:
 
 def load_torch(threads: int) -> None:
     """Import what computing with a model needs, ahead of its first use, and set the threads of a computation. Blocking."""
-    import torch
     import transformers.models.auto.modeling_auto  # noqa: F401 - imported for its side effect
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
+
+
+def set_threads(threads: int) -> None:
+    """Set the threads of a computation; 0: torch's own number, which does not know what a container is granted."""
+    import torch
+
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))

@@ -82,7 +82,7 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
     compute_dir: Path | None = Field(None, description="folder of the machine-wide compute budget; empty: no budget")
     compute_slots: int = Field(1, ge=1, description="heavy computations that may run on this machine at once")
-    torch_threads: int = Field(0, ge=0, description="threads per computation; 0: one per core")
+    torch_threads: int = Field(0, ge=0, description="threads per computation; 0: one per core that it may use")
     run: str = Field("", description="take part in this run only; empty: in every run")
     drain_seconds: float = Field(10.0, ge=0, description="time to finish what was started after SIGTERM")
 

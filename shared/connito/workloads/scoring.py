@@ -30,6 +30,7 @@ from connito.protocol.scoring.evaluation import Losses, Measurable, Parts
 from connito.protocol.sequences import sequences
 from connito.protocol.submission import read_header, validate
 from connito.runtime import logs
+from connito.runtime.compute import set_threads
 from connito.v1.run_pb2 import RunSpec, SelectionMade
 from connito.wire.facts import RunFacts, experts_of
 from connito.workloads.claims import Recount, Text
@@ -96,7 +97,7 @@ class SubmissionEvaluator:
     ) -> SubmissionEvaluator:
         """Map the base from `files` and read the hold-outs by domain. Raises `Invalid` for data that does not fit.
 
-        device: empty for the one that every model runs on here. threads: 0 leaves them as they are. losses_dir: where
+        device: empty for the one that every model runs on here. threads: as `set_threads` takes them. losses_dir: where
         validators of one owner share what they measured. The rest is `Evaluator`'s.
         """
         import torch
@@ -105,8 +106,7 @@ class SubmissionEvaluator:
         from connito.moe.device import device_of
         from connito.moe.evaluate import Evaluator
 
-        if threads:
-            torch.set_num_threads(threads)
+        set_threads(threads)
         read = {domain: read_holdout(path, spec, domain) for domain, path in holdouts.items()}
         model = load_full(files, device=device_of(device))
         targets, _ = experts_of(selection)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from connito.runtime import compute
 from connito.runtime.compute import COMPUTE, ComputeBudget, in_thread, multiplies_bf16
 from connito.runtime.waiting import WAITING
 
@@ -238,3 +239,22 @@ async def test_memory_that_a_computation_left_free_goes_back_to_the_machine(
         # The last one keeps the heap from shrinking by itself.
         del blocks[:-1]
     assert process.memory_info().rss < full - (64 << 20)
+
+
+@pytest.mark.parametrize(
+    ("granted", "cores"), [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)]
+)
+def test_a_container_uses_the_cores_that_it_is_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granted: str, cores: int
+) -> None:
+    """A pod on a large node is throttled for most of each period by threads that it has no share for."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(compute, "CPU_MAX", tmp_path / "cpu.max")
+    if granted:
+        compute.CPU_MAX.write_text(granted + "\n")
+    threads = list[int]()
+    torch = SimpleNamespace(get_num_threads=lambda: 8, set_num_threads=threads.append)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    compute.set_threads(0)
+    compute.set_threads(3)
+    assert (compute.usable_cores(), threads) == (cores, [cores, 3])
