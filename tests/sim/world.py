@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import hashlib
 import random
 import shutil
@@ -579,11 +580,14 @@ def carry_out(seed: int, scenario: Scenario, of: type[World] = World) -> World:
     random.seed(seed)
     vars(WAITING).update(vars(Waiting()))
     world = of(seed, scenario, folder_for(seed))
+    # What a killed process was in the midst of ends when it is collected, and draws from the numbers of those that live on.
+    gc.disable()
     try:
         asyncio.set_event_loop(world.loop)
         world.loop.run_until_complete(world.run())
     finally:
         world.close()
+        gc.enable()
     return world
 
 
