@@ -59,7 +59,7 @@ def test_a_job_has_its_bars_its_curve_and_its_card(shown: dict[str, list[list[An
         # One bar, which was moved to its end.
         assert pages(working).count("<progress") >= 1
     assert "100%" in values(quote)
-    assert "all 1 cycle done" in values(submit)
+    assert "1 of 1 cycle done" in values(submit)
     assert "<svg" in pages(report)
     assert "<h3>python-" in pages(card)
     assert "python-" in values(left)
