@@ -40,7 +40,8 @@ from tests.support.waiting import PATIENCE
 
 __all__ = ["make_miner", "stage", "start"]
 
-pytestmark = pytest.mark.integration
+# A client that is shut out while it connects anew leaves its socket to the collector.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 RATE, SECONDS = 1000, 4
 
