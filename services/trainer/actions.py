@@ -81,8 +81,9 @@ class Miner:
     async def _keep_receipt(self, run: str) -> None:
         """Keep the newest receipt for what was said and stands in the log; for what was acknowledged only, it is none."""
         receipt = self.facts(run).newest_receipt
-        for mine in list(self.ledger.progress(run).values()) if receipt is not None else ():
-            assert receipt is not None
+        if receipt is None:
+            return
+        for mine in list(self.ledger.progress(run).values()):
             covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
             gone = [sequence for sequence in covered if not await self._stands(run, mine, sequence)]
             if standing := [sequence for sequence in covered if sequence not in gone]:
