@@ -129,7 +129,7 @@ def kept(evidence: Evidence, history: History, notes: Mapping[str, str]) -> Step
             if not checkpoint.origin.startswith(f"{ROOT}/{evidence.run}/"):
                 raise Invalid(f"{source} says nothing about this run: it is of {checkpoint.origin}")
             ingress = checkpoint.origin.endswith("/ingress")
-        if not any(map(checkpoint.is_signed_by, _keys(evidence, "committer" if ingress else "coordinator"))):
+        if not any(map(checkpoint.is_signed_by, evidence.roster.ever("committer" if ingress else "coordinator"))):
             raise Invalid(f"{source} proves nothing: the log's own signature is not under it, or does not hold")
         roots = _ingress_roots(evidence, {checkpoint.size}) if ingress else {}
         if not (what := _begun_anew(evidence, checkpoint)):
@@ -143,11 +143,6 @@ def kept(evidence: Evidence, history: History, notes: Mapping[str, str]) -> Step
 def _begun_anew(evidence: Evidence, checkpoint: Checkpoint) -> str:
     mine = origin_of(evidence.facts)
     return "" if checkpoint.origin.removesuffix("/ingress") == mine else f"{checkpoint.origin} is called {mine} here"
-
-
-def _keys(evidence: Evidence, role: str) -> set[str]:
-    retired = {key for key, (was, _) in evidence.roster.retired.items() if was == role}
-    return {*evidence.roster.keys.get(role, ()), *retired}
 
 
 def _of_heads(history: History, checkpoint: Checkpoint) -> str:

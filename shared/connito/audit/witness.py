@@ -1,13 +1,17 @@
 """A witness of logs: follow them, cosign each head that extends what was cosigned before, and refuse a second history.
 
 A witness needs nothing but the right to read, and keeps one file a run: the last checkpoint that it cosigned. Whoever holds such
-a file can hold any copy of the log against it (`connito audit --checkpoint`).
+a file can hold any copy of the log against it (`connito audit --checkpoint`). What it refused once it refuses for good: the
+signed head that it keeps stays a proof, whatever is shown later.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+import asyncio
+import fcntl
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,7 @@ from connito.errors import Invalid, Retry, VerificationFailed
 from connito.render import formats
 from connito.runtime.host import Disk
 from connito.runtime.progress import Notify
+from connito.runtime.tasks import end_tasks
 from connito.service.unbegun import Unbegun
 from connito.v1 import run_pb2
 from connito.wire.checkpoint import MAX_BYTES, Checkpoint
@@ -29,12 +34,31 @@ from connito.wire.log import Log
 from connito.wire.roster import Roster
 from connito.wire.subjects import check_token
 
+# A mirror that answers may be behind: what is not there after this long is held back.
+PATIENCE, LOOK_SECONDS = 60.0, 0.2
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder of a witness, and hold it. Raises `Retry` where another one does: each would write over what the other has
+    seen, and two histories could be shown to the two; `Invalid` for a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise Invalid(f"{folder} is a file; give a folder in which this witness can remember what it cosigned")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Retry(f"another witness remembers in {folder}; give each a folder of its own") from error
+        yield
+
 
 @dataclass
 class Witness:
     """Memory of a witness: `folder` holds `<run>.checkpoint`, and `<run>.refused` for a head that it would not cosign.
 
-    Raises `Invalid` for a folder that is none, or in which a checkpoint is damaged. `run`: the only one to follow; empty: all.
+    Raises `Invalid` where a checkpoint there is damaged or of another platform. `run`: the only one to follow; empty: all.
     """
 
     folder: Path
@@ -46,36 +70,58 @@ class Witness:
     disk: Disk = field(default_factory=Disk)
 
     def __post_init__(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise Invalid(f"{self.folder} is a file; give a folder in which this witness can remember what it cosigned")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log, self._caught_up = Log(self.roster, LogTrees()), False
         self.cosigned = 0
-        paths = [self._path(self.run)] if self.run else sorted(self.folder.glob("*.checkpoint"))
-        self._remembered = {path.stem: _read(path) for path in paths if path.exists()}
+        self._remembered = {path.stem: self._read(path) for path in self._files("checkpoint")}
+        # Runs of which a second history was shown, and what was seen of it: nothing more of them is cosigned.
+        self.refused = {path.stem: _refused_before(path) for path in self._files("refused")}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._log, self._caught_up, self._unbegun = Log(self.roster, LogTrees()), False, Unbegun(Kept())
         # Runs whose remembered checkpoint was met again in the log that is read now.
         self._met: set[str] = set()
-        # Runs of which a second history was shown, and what was seen of it: nothing more of them is cosigned.
-        self.refused: dict[str, str] = {}
-        self._unbegun = Unbegun(Kept())
+        # Of runs of which something is not there yet: what, and since when.
+        self._lacking: dict[str, tuple[str, float]] = {}
 
     async def watch(self, items: AsyncGenerator[Record | CaughtUp, None], *, once: bool) -> None:
-        """Take in what is followed, until cancelled or, with `once`, up to what was stored at the start; `cosigned` counts heads.
+        """Take in a log from its start, until cancelled or, with `once`, up to what was stored then; `cosigned` counts heads.
 
         A run of which a second history was shown is told of and `refused` from then on; the others go on.
         """
+        self._begin()
+        reading = asyncio.ensure_future(self._read_all(items))
+        try:
+            while not reading.done() and not (once and self._caught_up and not self._lacking):
+                await asyncio.wait({reading}, timeout=LOOK_SECONDS)
+                self._lose_patience(PATIENCE)
+            if reading.done():
+                reading.result()
+                self._lose_patience(0)
+        finally:
+            await end_tasks([reading])
+
+    async def _read_all(self, items: AsyncGenerator[Record | CaughtUp, None]) -> None:
         async with aclosing(items):
             async for item in items:
                 if isinstance(item, CaughtUp):
                     self._catch_up()
-                    if once:
-                        break
                     continue
                 for record in self._unbegun.ready(item):
                     facts = self._take(record)
                     # Whether a run was released is known when all of it was read.
                     if facts is not None and self._caught_up:
                         self._attend(facts.run, partial(self._advance, facts))
+
+    def _lack(self, run: str, what: str) -> None:
+        if run not in self._lacking and run not in self.refused:
+            self.tell(f"{run}: {what}; waiting for it")
+            self._lacking[run] = what, time.monotonic()
+
+    def _lose_patience(self, seconds: float) -> None:
+        for run, (what, since) in list(self._lacking.items()):
+            if time.monotonic() - since >= seconds:
+                del self._lacking[run]
+                self._attend(run, partial(self._miss, run, what))
 
     def check(self) -> None:
         """Raise `VerificationFailed` naming the runs that were refused."""
@@ -108,14 +154,13 @@ class Witness:
             if facts.archived is not None and facts.run not in self._met:
                 self._attend(facts.run, partial(self._accept_release, facts, facts.archived))
         for run in sorted(self._remembered.keys() - self._met):
-            self._attend(run, partial(self._miss, run))
+            ends, none = "the log ends before the head that was cosigned", "the log does not hold it"
+            self._lack(
+                run, ends if run in self._log.runs else f"{none}; each platform's witness has a folder of its own"
+            )
 
-    def _miss(self, run: str) -> None:
-        known = run in self._log.runs
-        what = "the log ends before the head that was cosigned" if known else "the log does not hold it"
-        raise VerificationFailed(
-            f"{run}: {what}; keep {self._path(run)}, and give each platform's witness a folder of its own"
-        )
+    def _miss(self, run: str, what: str) -> None:
+        raise VerificationFailed(f"{run}: {what}; keep {self._path(run)}")
 
     def _accept_release(self, facts: RunFacts, gone: run_pb2.RunArchived) -> None:
         """Go on without a run whose messages are in the operator's archive. Its heads are still there: raise
@@ -142,13 +187,16 @@ class Witness:
         while (fact := facts.head(trees.of(facts.run).number + 1)) is not None:
             try:
                 self._cosign(facts.run, trees.checkpoint(facts, fact.key.cycle))
-            except Retry:
-                break
+            except Retry as error:
+                self._lack(facts.run, f"head {fact.key.cycle} stands for what is not shown: {error}")
+                return
             except Invalid as error:
                 self.disk.write(self.folder / f"{facts.run}.refused", fact.message.checkpoint.encode())
                 raise VerificationFailed(
                     f"{facts.run}: {error}; not cosigned: two histories of this run were shown, keep {self.folder}"
                 ) from error
+        if facts.run in self._met:
+            self._lacking.pop(facts.run, None)
 
     def _cosign(self, run: str, checkpoint: Checkpoint) -> None:
         """Cosign a checkpoint that is newer than the remembered one. Raises `Invalid` for one that cannot follow it."""
@@ -172,12 +220,25 @@ class Witness:
     def _path(self, run: str) -> Path:
         return self.folder / f"{check_token(run, 'run id')}.checkpoint"
 
+    def _files(self, kind: str) -> list[Path]:
+        only = f"{check_token(self.run, 'run id')}.{kind}" if self.run else f"*.{kind}"
+        return sorted(self.folder.glob(only))
 
-def _read(path: Path) -> Checkpoint:
-    """Return what a file of ours remembers; it is no bigger than a checkpoint can be."""
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    try:
-        return Checkpoint.parse(data.decode())
-    except (Invalid, ValueError) as error:
-        raise Invalid(f"{path} is damaged: {error}; put a copy of it there") from error
+    def _read(self, path: Path) -> Checkpoint:
+        """Return what a file of ours remembers; it is no bigger than a checkpoint can be."""
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        try:
+            found = Checkpoint.parse(data.decode())
+        except (Invalid, ValueError) as error:
+            raise Invalid(f"{path} is damaged: {error}; put a copy of it there") from error
+        if not any(map(found.is_signed_by, self.roster.ever("coordinator"))):
+            raise Invalid(
+                f"{path} is of another platform: no coordinator of this roster signed it; "
+                "give each platform's witness a folder of its own"
+            )
+        return found
+
+
+def _refused_before(path: Path) -> str:
+    return f"{path.stem}: two histories of this run were shown before; {path} is the proof, and nothing more of it is cosigned"

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from connito.cli.output import DataDirOption, JsonFlag, emit
 from connito.render import formats
 from connito.runtime.progress import silent
+
+if TYPE_CHECKING:
+    from connito.bus import Bus, CaughtUp
+    from connito.wire.fact import Record
+
+    Items = AsyncGenerator[Record | CaughtUp, None]
 
 
 def witness(
@@ -34,7 +41,7 @@ def witness(
     was cosigned, it says so, goes on with the others, and exits with 6 at the end; what the operator released into an
     archive is said and left. What it keeps, FOLDER/RUN.checkpoint, is for `connito audit --checkpoint`.
     """
-    from connito.audit.witness import Witness
+    from connito.audit.witness import Witness, held
     from connito.bus.streams import FACT_STREAMS
     from connito.cli.audit import tell
     from connito.platform.session import Session
@@ -45,13 +52,14 @@ def witness(
     session = Session.open(data_dir, role="customer")
     signer = session.identity if key is None else Identity.load(key)
     only = check_token(run, "run id") if run else ""
-    seen = Witness(folder, signer, session.roster, silent if as_json else tell, now_ms, only)
+    with held(folder):
+        seen = Witness(folder, signer, session.roster, silent if as_json else tell, now_ms, only)
 
-    async def follow() -> None:
-        async with session.bus() as bus:
-            await seen.watch(bus.follow(FACT_STREAMS, only), once=once)
+        async def follow() -> None:
+            async with session.bus() as bus:
+                await _follow(bus, partial(bus.follow, FACT_STREAMS, only), partial(seen.watch, once=once))
 
-    asyncio.run(_until_told(follow))
+        asyncio.run(_until_told(follow))
     document = {
         "witness": signer.public,
         "cosigned": seen.cosigned,
@@ -66,6 +74,26 @@ def witness(
         ),
     )
     seen.check()
+
+
+async def _follow(bus: Bus, items: Callable[[], Items], watch: Callable[[Items], Coroutine[Any, Any, None]]) -> None:
+    """Watch the log from its start, and anew each time that the broker was away: another log may answer then, with other
+    messages where those lie that were read already.
+    """
+    from connito.runtime.tasks import end_tasks
+
+    again = asyncio.Event()
+    bus.connection.on_reconnect.append(again.set)
+    while True:
+        again.clear()
+        tasks: list[asyncio.Future[Any]] = [*map(asyncio.ensure_future, (watch(items()), again.wait()))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+                return
+        finally:
+            await end_tasks(tasks)
 
 
 async def _until_told(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

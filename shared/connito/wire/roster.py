@@ -57,6 +57,10 @@ class Roster:
         was, until = self.retired.get(signer, ("", 0))
         return self.permits(role, signer) or (was == role and time_unix_ms <= until)
 
+    def ever(self, role: str) -> set[str]:
+        """Return the keys that speak for a role, or did until they were replaced."""
+        return {*self.keys.get(role, ()), *(key for key, (was, _) in self.retired.items() if was == role)}
+
     def serves(self, signer: str) -> bool:
         """Return whether `signer` is a service's, a validator's or an operator's."""
         return any(role != "customer" and self.permits(role, signer) for role in (*ROLES, OPERATOR))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from connito.audit.access import refuse_released
 from connito.audit.audit import Audit, Options, audit
-from connito.audit.witness import Witness
+from connito.audit.witness import Witness, held
 from connito.bus.follow import CaughtUp
-from connito.errors import Invalid, NotFound, VerificationFailed
+from connito.errors import Invalid, NotFound, Retry, VerificationFailed
 from connito.runtime.progress import Notify, silent
 from connito.v1 import run_pb2
 from connito.wire.checkpoint import Checkpoint
@@ -200,7 +200,7 @@ async def test_the_release_of_a_run_that_was_seen_needs_the_operators_word(told:
     assert "--checkpoint" in said[0]
     assert (tmp_path / f"{RUN}.checkpoint").read_text() == before
     without = [record for record in released(told).records if not record.subject.endswith("library.0.archived")]
-    with pytest.raises(VerificationFailed, match="ends before"):
+    with pytest.raises(VerificationFailed, match="stands for what is not shown"):
         await watch(without, tmp_path)
 
 
@@ -233,5 +233,39 @@ async def test_damaged_memory_is_told_and_accuses_nobody(told: World, tmp_path: 
 
 async def test_a_file_is_no_folder_to_remember_in(told: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Invalid, match="give a folder"):
+    with pytest.raises(Invalid, match="give a folder"), held(tmp_path / "file"):
         await watch(told.records, tmp_path / "file")
+
+
+async def test_a_head_of_messages_that_are_held_back_is_not_passed_over(told: World, tmp_path: Path) -> None:
+    """What it stands for may be on its way, and is not for ever."""
+    last = max((one for one in told.records if one.stream == "VALIDATE"), key=lambda one: one.sequence)
+    with pytest.raises(VerificationFailed, match="stands for what is not shown: VALIDATE was read up to"):
+        await watch([one for one in told.records if one is not last], tmp_path)
+    assert await watch(told.records, tmp_path) > 0
+
+
+async def test_memory_of_another_platform_accuses_nobody(told: World, tmp_path: Path) -> None:
+    note = Checkpoint(f"connito.v1/{RUN}/{'0' * 32}", 3, b"x" * 32).signed(identity("another platform")).note
+    (tmp_path / f"{RUN}.checkpoint").write_text(note)
+    with pytest.raises(Invalid, match="of another platform") as caught:
+        await watch(told.records, tmp_path)
+    assert not isinstance(caught.value, VerificationFailed)
+
+
+async def test_what_was_refused_stays_refused(told: World, other: World, tmp_path: Path) -> None:
+    """A later start is shown the first history again: the proof of the second one stands."""
+    await watch(up_to(told, "run.2.head"), tmp_path)
+    with pytest.raises(VerificationFailed, match="two histories"):
+        await watch(other.records, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(VerificationFailed, match="two histories of this run were shown before"):
+        await watch(told.records, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_witnesses_share_no_memory(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(Retry, match="another witness remembers"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
