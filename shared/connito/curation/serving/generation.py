@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import torch
@@ -39,12 +40,30 @@ class _TopK(processors.ContinuousBatchingTopKLogitsWarper):  # type: ignore[misc
 
 
 class _TopP(processors.ContinuousBatchingTopPLogitsWarper):  # type: ignore[misc]
-    """The library's, without a sort where nobody restricts."""
+    """The library's, without a sort where nobody restricts. It is the last of them, and draws for who gave a seed."""
+
+    seeds: dict[str, str]
+    _draws: list[tuple[int, float]]
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """Choose the place in [0, 1) of each seeded request's next token, by its seed and the tokens before it."""
+        states = [request.state for request in requests_with_new_token]
+        self._draws = [
+            (row, Random(f"{seed}/{len(state.generated_tokens)}").random())
+            for row, state in enumerate(states)
+            if (seed := self.seeds.get(state.request_id))
+        ]
+        return super().prepare_tensor_args(requests_with_new_token)  # type: ignore[no-any-return]
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Return scores [B, V] with what is left out at -inf."""
+        """Return scores [B, V] with what is left out at -inf; of a seeded request, all but the token that is drawn."""
         free = bool((tensor_arg[: scores.size(0)].view(dtype=torch.float32) >= 1).all())
-        return scores if free else super().__call__(scores, tensor_arg)
+        scores = scores if free else super().__call__(scores, tensor_arg)
+        for row, place in self._draws:
+            chances = scores[row].double().softmax(0).cumsum(0)
+            token = torch.searchsorted(chances, place * chances[-1], right=True)
+            scores[row] = torch.full_like(scores[row], float("-inf")).index_fill(0, token, 0.0)
+        return scores
 
 
 class Generator:
@@ -56,6 +75,7 @@ class Generator:
         """Make the batches of `table`'s model. `ends`: tokens that end an answer; `cache_tokens`: of all requests together."""
         self.table, self.ends, self._batch_tokens = table, ends, batch_tokens
         self._slot_of: dict[str, int] = {}
+        self._seeds: dict[str, str] = {}
         self._numbers = itertools.count()
         config = table.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
@@ -77,6 +97,7 @@ class Generator:
             for kind in (_TopK, _TopP):
                 if type(found) is kind.__base__:
                     found.__class__ = kind
+                    found.seeds = self._seeds
         table.model.requires_grad_(False)
         self._head = Head(table.model)
         self._hook = table.model.register_forward_pre_hook(self._place, with_kwargs=True)
@@ -118,6 +139,7 @@ class Generator:
         name, steps, loop = f"r{next(self._numbers)}", asyncio.Queue[Any](), asyncio.get_running_loop()
         router = self._manager.output_router
         self._slot_of[name] = slot
+        self._seeds[name] = how.seed
         done = 0
         try:
             self._manager.register_result_handler(name, steps.put_nowait)
@@ -136,6 +158,7 @@ class Generator:
             with router._lock:
                 router.result_handlers.pop(name, None)
             self._slot_of.pop(name, None)
+            self._seeds.pop(name, None)
             # What comes for a request that nobody waits for is kept by the library.
             while not router.output_queue.empty():
                 router.output_queue.get_nowait()

@@ -37,6 +37,7 @@ class _Request(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4), BeforeValidator(_stops)
     ] = []
@@ -113,12 +114,14 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 
 @dataclass(frozen=True)
 class Sampling:
-    """The way next tokens are drawn. A temperature of 0 is the likeliest token; `top_k` 0 is all of them."""
+    """The way next tokens are drawn. A temperature of 0 is the likeliest token; `top_k` 0 is all of them; the same `seed` and
+    the same chances draw the same, none draws anew."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    seed: str = ""
 
 
 def read_request(kind: type[R], document: object) -> R:

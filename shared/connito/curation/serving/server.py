@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from connito.curation.serving.errors import RefusedError
@@ -161,8 +161,10 @@ class Server:
     ) -> None:
         """Write one answer's pieces into the queue, or what went wrong."""
         writer, finish, begun = Writer(self._tokenizer, work.stops), "length", time.monotonic()
+        # Answers of one request differ, each by its place.
+        how = replace(work.how, seed=f"{work.how.seed}/{index}") if work.how.seed else work.how
         try:
-            async with aclosing(self.generator.answer(ids, loaded.slot, work.how)) as steps:
+            async with aclosing(self.generator.answer(ids, loaded.slot, how)) as steps:
                 async for new in steps:
                     if loaded.gone:
                         raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
@@ -263,8 +265,10 @@ class Server:
                 code="context_length_exceeded", param="messages" if isinstance(request, ChatRequest) else "prompt",
             )  # fmt: skip
         most = room if wanted is None else wanted
-        given = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
-        return Sampling(most, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        given: dict[str, Any] = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
+        if request.seed is not None:
+            given["seed"] = str(request.seed)
+        return Sampling(most, **{name: value for name, value in given.items() if value is not None})
 
 
 async def _to_its_end(what: Callable[..., T], *arguments: Any) -> T:

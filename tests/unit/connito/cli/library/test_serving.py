@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,32 @@ def test_streams_models_and_usage_are_as_the_official_client_expects(start: Any,
     assert cut.choices[0].text == whole.choices[0].text[: whole.choices[0].text.index(stop)]
     several = client.completions.create(model="tiny", prompt=[PROMPT, [1, 2, 3]], n=2, max_tokens=3, top_p=0.9)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+
+
+def test_a_seed_draws_the_same_whoever_asks_beside_it(start: Any, stocked: Any) -> None:
+    running = start()
+    client, model = running.client(), f"tiny+{stocked[1]['recipes']}"
+
+    def drawn(seed: int | None, **more: Any) -> list[str]:
+        asked = {"model": model, "prompt": PROMPT, "max_tokens": 24, "temperature": 1.2, "seed": seed, **more}
+        return [choice.text for choice in client.completions.create(**asked).choices]
+
+    alone = drawn(7, n=3)
+    assert len(set(alone)) == 3, "answers of one request differ"
+    with ThreadPoolExecutor(6) as pool:
+        # Others in the same batches, before it and after it, seeded or not.
+        others = [pool.submit(drawn, seed, model="tiny", n=4, max_tokens=40) for seed in (None, 1, 2)]
+        again = [pool.submit(drawn, 7, n=3) for _ in range(3)]
+        assert [each.result() for each in again] == [alone] * 3
+        assert len({text for each in others for text in each.result()}) == 12
+    assert drawn(8) != alone[:1]
+    assert drawn(None) != drawn(None)
+    # What restricts a draw restricts this one.
+    likeliest = drawn(None, temperature=0)
+    assert drawn(-3, top_p=1e-6) == drawn(11, extra_body={"top_k": 1}) == drawn(7, temperature=0) == likeliest
+    refused = running.post("completions", {"model": "tiny", "prompt": "x", "seed": "seven"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
+    assert not running.server.generator._seeds
 
 
 def test_a_prompt_is_scored_as_the_merged_model_scores_it_while_others_are_answered(
