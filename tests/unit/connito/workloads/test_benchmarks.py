@@ -113,6 +113,15 @@ def test_what_is_no_task_or_a_large_one_is_named(tmp_path: Path) -> None:
     assert "more than 4,194,304 bytes" in unscored(tmp_path, b" " * (5 << 20))
 
 
+def test_an_aggregator_without_the_harness_says_who_has_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A customer who reads the record has the harness perhaps, and could install it to no effect."""
+    monkeypatch.setattr("connito.workloads.benchmarks.find_spec", lambda name: None)
+    why = unscored(tmp_path, CHOICES.encode())
+    assert why == "the platform's aggregator lacks connito[evaluate]: the delivery report has its scores"
+
+
 def test_text_that_the_base_has_no_embeddings_for_is_never_put_to_it(tmp_path: Path) -> None:
     """Nobody else looks into a benchmark before, and on a GPU such a token ends the process."""
     tokens = np.array([1, 2, 50, 3] * 64, np.int32)
