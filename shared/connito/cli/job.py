@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, progress, table
-from connito.render.formats import count, duration, percent, size
+from connito.render.formats import count, duration, moment, percent, size
 from connito.wire.enums import plain_name
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def show(run: Run, data_dir: DataDirOption = None, as_json: JsonFlag = False) ->
     from connito.client.runs import statuses
 
     (row,) = map(_row, statuses(data_dir, run))
-    emit(as_json, row, lambda: "\n".join(f"{key:<16} {_plain(value)}" for key, value in row.items()))
+    emit(as_json, row, lambda: "\n".join(f"{name:<20} {value}" for name, value in _told(row) if value))
 
 
 @app.command("watch")
@@ -211,8 +211,14 @@ def _row(status: RunStatus) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
+def _told(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give the names and values of a run's status for people; what there is nothing to say of is empty."""
+    for key, value in row.items():
+        if key == "deadline_unix_ms":
+            yield "window closes", f"{moment(value)} at the latest" if value else ""
+        else:
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            yield "given to its miners" if key == "text" else key, text
 
 
 def _quote_text(made: Quote) -> str:

@@ -1,7 +1,8 @@
-"""What `connito job watch` prints while a run goes on."""
+"""What `connito job watch` prints while a run goes on, and `connito job show` of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,26 @@ def test_each_version_s_losses_and_each_window_are_said_once(monkeypatch: pytest
         "r1: version 2: law loss 2.5000 → 2.2500 nats per token; merged from 1 miner",
         "r1: completed; 2 of 2 cycles done",
     ]
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (
+            went("train", deadline_unix_ms=1_800_000_000_000),
+            ["window               train", "window closes        2027-01-15 08:00:00 UTC at the latest"],
+        ),
+        (went("", version=2), []),
+    ],
+)
+def test_a_status_has_names_for_people_and_leaves_out_what_there_is_not(
+    status: RunStatus, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("connito.client.runs.statuses", lambda *_: [status])
+    shown = CliRunner().invoke(app, ["job", "show", "r1"]).output.splitlines()
+    assert [line for line in shown if line.startswith("window")] == expected
+    assert not [line for line in shown if line.startswith(("deadline_unix_ms", "text", "miners")) or line.endswith(" ")]
+    assert f"version              {status.version}" in shown
+    assert "given to its miners  0 tokens" in shown
+    document = json.loads(CliRunner().invoke(app, ["job", "show", "r1", "--json"]).output)
+    assert document["deadline_unix_ms"] == status.deadline_unix_ms
