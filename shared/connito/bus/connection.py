@@ -46,6 +46,14 @@ def speaking(passes: Iterable[str]) -> tuple[str, ...]:
     return tuple(token for token in passes if claims_of(token)["name"] != SYSTEM)
 
 
+def in_words(subject: str) -> str:
+    """Return what a subject of a question about a stream asks for; others are their own name."""
+    for asks in (f"{ASKED}.", "$JS.API.DIRECT.GET."):
+        if subject.startswith(asks):
+            return f"what stream {subject.removeprefix(asks).partition('.')[0]} holds"
+    return subject
+
+
 class Connection:
     """Wraps a NATS client. Subjects of one identity's replies lie under its inbox prefix, so that a broker which
     grants each user its own inbox keeps replies private. `token` is one of the identity's passes, `client` what speaks
@@ -209,7 +217,7 @@ class Connection:
         """Return the error for a subject that this key may not use."""
         who = short_key(self.identity.public) if self.identity else "this connection"
         return Unusable(
-            f"the broker does not let {who} use {subject}; a key's pass opens only what its role may do",
+            f"the broker does not let {who} use {in_words(subject)}; a key's pass opens only what its role may do",
             dependency="credentials",
             reason=reasons.REASON_NOT_PERMITTED,
         )
@@ -227,7 +235,7 @@ class Connection:
     def silent(self, what: str, otherwise: str = "") -> Retry:
         """Return the error for what gets no answer, with what `otherwise` is to be done than to wait for a committer."""
         after = "the committer hands on what strangers ask, and may be away" if self._by_desk else otherwise
-        text = f"the broker at {self.url} did not answer for {what} in time" + (f"; {after}" if after else "")
+        text = f"the broker at {self.url} did not answer for {in_words(what)} in time" + (f"; {after}" if after else "")
         return Retry(text, after=0.5, dependency="broker")
 
     async def _on_error(self, error: Exception) -> None:
@@ -285,7 +293,7 @@ class Connection:
             self._lost_at = time.monotonic()
             self._fail(
                 lambda subject: Retry(
-                    f"lost the broker at {self.url} on the way to {subject}", after=0.2, dependency="broker"
+                    f"lost the broker at {self.url} on the way to {in_words(subject)}", after=0.2, dependency="broker"
                 )
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from connito.bus import offences, streams
+from connito.bus.connection import Connection
 from connito.bus.permissions import (
     ACCOUNTS,
     ANSWERED,
@@ -189,3 +190,18 @@ def test_only_the_operator_may_let_go_of_what_was_said(role: str) -> None:
         for verb in ("PURGE", "DELETE", "UPDATE", "MSG.DELETE", "SNAPSHOT", "RESTORE"):
             assert not may_publish(role, f"$JS.API.STREAM.{verb}.{name}")
     assert may_publish("operator", "$JS.API.STREAM.PURGE.TRAIN")
+
+
+@pytest.mark.parametrize("name", streams.STREAMS)
+def test_a_question_about_a_stream_is_told_in_words(name: str) -> None:
+    """A miner was told that nobody answers `connito.asked.v1.RUNS.U…`: a subject of nobody's but this program's."""
+    identity = Identity.generate()
+    for by_desk in (False, True):
+        connection = Connection("nats://there:4222", identity, "test")
+        connection._by_desk = by_desk
+        asked = connection.stored_in(name)
+        lines = (str(connection.silent(asked)), str(connection.not_permitted(asked)))
+        for line in lines:
+            assert f" what stream {name} holds" in line
+            assert identity.public not in line
+            assert not re.search(r"connito\.|\$JS", line)
