@@ -37,6 +37,7 @@ PROBE_BYTES = 4 << 20
 SLOW_BYTES_PER_SECOND = 1_000_000
 EXPIRY_WARNING_DAYS = 14
 _TLS_SECONDS = 5.0
+_RUNS = 10  # Named on one line, those that stand still first.
 X509_HAS_EXPIRED = 10  # What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED.
 
 
@@ -80,12 +81,17 @@ async def _resume(session: Session, bus: Bus) -> Check:
     from connito.protocol.quorum import overdue
 
     log = await read_runs(session, bus)
-    runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
-    for facts in runs:
-        await hear_trained(bus, log, facts.run)
     stake, now = session.roster.stake, int(time.time() * 1000)
+    runs = [facts for facts in log.runs.values() if facts.spec is not None and facts.ended is None]
+    # Who has trained decides nothing before the deadline, and may be many messages.
+    for facts in runs:
+        if facts.open_window is not None and facts.open_window.deadline_unix_ms <= now:
+            await hear_trained(bus, log, facts.run)
     stuck = [facts for facts in runs if overdue(facts, now, stake)]
-    found = "; ".join(f"{facts.run}: {_where(facts, now, stake)}" for facts in runs) or "no run is under way"
+    told = [*stuck, *(facts for facts in runs if facts not in stuck)]
+    found = "; ".join(f"{facts.run}: {_where(facts, now, stake)}" for facts in told[:_RUNS]) or "no run is under way"
+    if more := told[_RUNS:]:
+        found += f"; and {len(more)} more"
     remedy = "nothing closed the window: see the coordinator's log, and whether one leads (`connito status`)"
     return Check("runs", not stuck, found, remedy if stuck else "", warning=True)
 
