@@ -54,4 +54,4 @@ async def test_miners_that_trained_are_here(
     facts = await runs._newest(Session(buses["coordinator"], roster), run_id)  # type: ignore[arg-type]
     assert facts is not None
     shown = runs._run(facts, roster.stake)
-    assert shown["phase"] == "cycle 1 of 1: paused, 1 of 1 miner and 0 of 2 validators are here"
+    assert shown["phase"] == "cycle 1 of 1: paused, 1 of 1 miner and 0 of 2 validators here"

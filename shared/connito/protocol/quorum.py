@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from connito.protocol import rules
 from connito.protocol.bans import banned
 from connito.render import formats
+from connito.v1.run_pb2 import WindowPolicy
 from connito.wire.facts import RunFacts
 from connito.wire.window import Window
 
@@ -40,14 +41,11 @@ class Present:
         return self.miners >= self.min_miners and self.quorum
 
     def __str__(self) -> str:
-        here = (
-            f"{self.miners} of {formats.count(self.min_miners, 'miner')} and "
-            f"{self.validators} of {formats.count(self.min_validators, 'validator')} are here"
-        )
+        here = turnout(self.miners, self.validators, self)
         if self.quorum or self.validators < self.min_validators:
             return here
         mine, total = self.votes
-        return f"{here}, with {mine:.2f} of {total:.2f} votes; more than half are needed"
+        return f"{here}; they have {mine:.2f} of {total:.2f} votes; more than half are needed"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,14 @@ class Unheard:
 
 
 Pause = Present | Unheard
+
+
+def turnout(miners: int, validators: int, asked: Present | WindowPolicy) -> str:
+    """Return in words how many are here of those that are asked for."""
+    return (
+        f"{miners} of {formats.count(asked.min_miners, 'miner')} and "
+        f"{validators} of {formats.count(asked.min_validators, 'validator')} here"
+    )
 
 
 def present(facts: RunFacts, cycle: int, stake: rules.Stake) -> Present:

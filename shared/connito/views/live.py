@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from connito.protocol.quorum import Pause, pause
+from connito.protocol.quorum import Pause, pause, turnout
 from connito.protocol.rules import Stake, due_ms
 from connito.render import formats
 from connito.v1 import cycle_pb2, run_pb2
@@ -40,10 +40,7 @@ def phase(facts: RunFacts, now_ms: int | None = None, here: Pause | None = None)
     if facts.selection is None:
         return "selecting the experts that the domain uses"
     if facts.cycle == 0:
-        return (
-            f"waiting for people: {len(facts.miners)} of {formats.count(spec.windows.min_miners, 'miner')}, "
-            f"{len(facts.validators)} of {formats.count(spec.windows.min_validators, 'validator')}"
-        )
+        return f"waiting for people: {turnout(len(facts.miners), len(facts.validators), spec.windows)}"
     window = facts.open_window
     if window is None:
         return f"cycle {facts.cycle} of {spec.cycles}: between windows"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from connito.protocol.quorum import Pause, pause
+from connito.protocol.quorum import Pause, pause, turnout
 from connito.protocol.rules import Stake, due_ms
-from connito.render import formats
 from connito.v1 import run_pb2, services_pb2
 from connito.views.sentences import why_left
 from connito.wire.facts import RunFacts
@@ -62,9 +61,6 @@ def _detail(facts: RunFacts, here: Pause | None) -> str:
     if facts.selection is None:
         return "waiting for the selector"
     if not facts.cycle:
-        return (
-            f"{len(facts.miners)} of {formats.count(spec.windows.min_miners, 'miner')} and "
-            f"{len(facts.validators)} of {formats.count(spec.windows.min_validators, 'validator')} are here"
-        )
+        return turnout(len(facts.miners), len(facts.validators), spec.windows)
     waits = "" if here is None else f" is paused: {here}"
     return f"cycle {facts.cycle} of {spec.cycles}{waits}"

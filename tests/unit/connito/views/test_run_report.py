@@ -219,7 +219,7 @@ def test_the_phase_names_window_and_time_left() -> None:
     log.add("run", 0, "created", run_pb2.RunCreated(spec=spec))
     assert phase(log.facts, 0) == "selecting the experts that the domain uses"
     log.add("run", 0, "selected", run_pb2.SelectionMade(run=RUN))
-    assert phase(log.facts, 0) == "waiting for people: 0 of 3 miners, 0 of 2 validators"
+    assert phase(log.facts, 0) == "waiting for people: 0 of 3 miners and 0 of 2 validators here"
     opened = log.add("train", 1, "opened", cycle_pb2.WindowOpened(run=RUN, cycle=1, deadline_unix_ms=1_010_000))
     now = opened.time_unix_ms + 2000
     assert phase(log.facts, now) == (

@@ -29,7 +29,7 @@ def test_phases_up_to_the_first_cycle() -> None:
     world.miners("ma")
     shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_ASSEMBLING
-    assert shown.detail == "1 of 1 miner and 0 of 1 validator are here"
+    assert shown.detail == "1 of 1 miner and 0 of 1 validator here"
     world.validators("va")
     for _ in ("head", "opened"):
         world.perform(decide(world.facts, world.now, even))
@@ -86,7 +86,7 @@ def test_a_run_is_paused_from_the_deadline_until_enough_are_there() -> None:
     world.trained("ma")
     shown = status(world.facts, world.now, even)
     assert shown.phase == services_pb2.RUN_PHASE_PAUSED
-    assert shown.detail == "cycle 1 of 2 is paused: 1 of 2 miners and 0 of 1 validator are here"
+    assert shown.detail == "cycle 1 of 2 is paused: 1 of 2 miners and 0 of 1 validator here"
     world.trained("mb")
     world.seed_committed("va")
     assert status(world.facts, world.now, even).phase == services_pb2.RUN_PHASE_RUNNING

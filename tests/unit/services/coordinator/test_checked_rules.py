@@ -135,7 +135,7 @@ def test_a_cycle_that_half_of_the_votes_would_judge_is_not_begun() -> None:
     told, stake = training("vb")
     assert not decide(told.facts, told.now, stake).actions
     assert str(pause(told.facts, told.now, stake)) == (
-        "1 of 1 miner and 1 of 1 validator are here, with 1.00 of 3.00 votes; more than half are needed"
+        "1 of 1 miner and 1 of 1 validator here; they have 1.00 of 3.00 votes; more than half are needed"
     )
     told.seed_committed("vc")
     assert pause(told.facts, told.now, stake) is None
