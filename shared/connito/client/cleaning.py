@@ -21,6 +21,7 @@ from connito.runtime.progress import Notify, silent
 from connito.runtime.tasks import blocking
 from connito.store import ArtifactStore
 from connito.store.named import StoredObject, ref_of_key
+from connito.store.owner import claim
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.fact import Fact, Record
@@ -50,7 +51,7 @@ class Cleaning:
 
 def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, say: Notify = silent) -> Cleaning:
     """Find what no message of the log names, directly or through another artifact, and no base; with `remove`, delete it.
-    Cycles that a run's `retention.cycles` does not keep count as naming nothing.
+    Cycles that a run's `retention.cycles` does not keep count as naming nothing. Raises `Fatal` for another platform's bucket.
 
     Younger objects than `older_than_s` seconds stay: somebody may be about to name them. For the operator. Raises `Invalid`
     for a negative age, `Retry` while broker or store are away.
@@ -59,10 +60,10 @@ def clean(session: Session, *, older_than_s: float = DAY, remove: bool = False, 
         raise Invalid(f"an age of {older_than_s:g} s is none")
 
     async def work() -> Cleaning:
+        store = session.store()
+        await claim(store, session.roster, first=False)
         async with session.bus() as bus:
-            return await collect(
-                bus, session.store(), session.roster, older_than_s=older_than_s, remove=remove, say=say
-            )
+            return await collect(bus, store, session.roster, older_than_s=older_than_s, remove=remove, say=say)
 
     return blocking(work())
 

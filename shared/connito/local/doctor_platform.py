@@ -131,11 +131,13 @@ async def _expiry(session: Session, scheme: str, host: str, port: int) -> Check:
 async def _store(session: Session) -> list[Check]:
     """Check the store's rights and bandwidth with an object that is written and read back."""
     from connito.store.named import ref_of_bytes
+    from connito.store.owner import claim
     from connito.v1.artifacts_pb2 import REALM_PUBLIC
 
     remedy = "check the store's address, keys and the bucket's policy"
     try:
         store: Any = session.store()
+        await claim(store, session.roster, first=False)
         # The same bytes each time: a store that has them does not grow.
         data = bytes(range(256)) * (PROBE_BYTES // 256)
         await store.put_bytes(b"connito doctor", "text/plain", REALM_PUBLIC)

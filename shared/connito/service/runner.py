@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
 from connito.bus import Bus
-from connito.errors import ConnitoError, Fatal, Retry
+from connito.errors import ConnitoError, Fatal, Invalid, Retry
 from connito.files import write_durably
 from connito.runtime import scratch, tracing
 from connito.runtime.logs import Logger, get_logger, setup_logging
@@ -32,6 +32,8 @@ from connito.runtime.waiting import here_and_now
 from connito.service import certificates, security
 from connito.service.probes import Probes
 from connito.store import ArtifactStore
+from connito.store.credentials import provider
+from connito.store.owner import claim
 from connito.wire.identity import Identity
 from connito.wire.kept import Kept
 from connito.wire.roster import Roster
@@ -41,6 +43,7 @@ S = TypeVar("S", bound=ServiceSettings)
 PORT_FILE = "CONNITO_PORT_FILE"
 CONNECT_EVERY = 1.0
 ROSTER_EVERY = 2.0
+OWNER_EVERY = 30.0
 # Objects, and collections of the generation before.
 COLLECTED_AFTER = (50_000, 20, 20)
 
@@ -151,6 +154,7 @@ class _Service(Generic[S]):
         self.stop = asyncio.Event()
         self.context: ServiceContext[S] | None = None
         self.ports: dict[str, int] = {}
+        self.ended_by: Fatal | None = None
 
     async def run(self) -> None:
         end_tracing = tracing.start(self.name)
@@ -182,16 +186,33 @@ class _Service(Generic[S]):
                     ),
                     asyncio.create_task(self._follow_roster(roster)),
                     asyncio.create_task(security.publish(bus, self.name)),
+                    asyncio.create_task(self._own_bucket(self.context)),
                 ]
                 try:
                     await self._run_main(self.context)
                 finally:
                     await end_tasks(watching)
+                if self.ended_by is not None:
+                    raise self.ended_by
         finally:
             await probes.close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         self.log.info("stopped")
+
+    async def _own_bucket(self, context: ServiceContext[S]) -> None:
+        """End where the store's bucket is another platform's, as soon as the store answers."""
+        roster, unknown = context.loaded_roster, provider(self.settings) is not None
+        while roster is not None and unknown:
+            try:
+                await claim(context.store, roster, first=self.name == "committer")
+                unknown = False
+            except Fatal as error:
+                self.ended_by, unknown = error, False
+                self.stop.set()
+            except (Invalid, Retry) as error:
+                self.log.warning("whose bucket it is cannot be read", error=str(error))
+                await asyncio.sleep(OWNER_EVERY)
 
     async def _follow_roster(self, roster: Roster | None) -> None:
         """Take over what the operator changes, so that keys come and go without a restart."""
