@@ -14,6 +14,7 @@ from connito.runtime.tasks import end_tasks
 from connito.wire.identity import Identity
 
 from tests.integration.conftest import BusFactory
+from tests.support.clocks import set_clock
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.integration
@@ -92,6 +93,26 @@ async def test_taken_over_after_sigkill(
     async with asyncio.timeout(5 * TTL), Lease(bus, "leader", TTL) as lease:
         assert lease.revision > token
         assert time.monotonic() - began < 3 * TTL
+
+
+@pytest.mark.parametrize("step", [-1800, 1800])
+async def test_taken_over_from_one_that_died_before_the_broker_s_clock_was_set(
+    step: int, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
+    """Set back, the broker would keep the entry of the dead for half an hour, and the platform without a leader."""
+    holder = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDER, own_nats.url, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        token = int(await holder.stdout.readline())
+    finally:
+        holder.kill()
+        await holder.wait()
+    set_clock(own_nats.pid, step)
+    bus = await bus_factory(identities["coordinator"], own_nats.url)
+    async with asyncio.timeout(10 * TTL), Lease(bus, "leader", TTL) as lease:
+        assert lease.revision > token
 
 
 async def test_a_holder_that_was_paused_finds_it_lost(

@@ -21,6 +21,9 @@ from connito.runtime.waiting import WAITING
 
 log = get_logger("lease")
 
+# So many terms an entry may stand as it is: who holds it renews it three times in each.
+OVERDUE = 1.5
+
 
 class Lease:
     """`async with Lease(bus, "coordinator") as lease:` blocks until this process is the leader.
@@ -38,6 +41,8 @@ class Lease:
         # Tells our own entry from that of a replica with the same key; one of before is taken over.
         self._token = token or token_of(bus)
         self._last = 0
+        # The entry of another that was seen last, and when it was seen first.
+        self._seen = (0, 0.0)
         self._good_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
 
@@ -109,13 +114,22 @@ class Lease:
         except KeyWrongLastSequenceError:
             try:
                 entry = await bucket.get(self.name)
-                if entry.value != self._token:
+                if entry.value != self._token and not self._is_overdue(entry.revision):
                     return False
                 # Written anew: what stands there may be about to expire.
                 self._last = await bucket.update(self.name, self._token, last=entry.revision)
             except (KeyNotFoundError, KeyWrongLastSequenceError):
                 return False
         return True
+
+    def _is_overdue(self, revision: int) -> bool:
+        """Return whether another's entry was not renewed in time. The broker counts its age by a clock that may have been set
+        back, and would let the entry of one that is gone stand for as long.
+        """
+        now = self._bus.host.monotonic()
+        if revision != self._seen[0]:
+            self._seen = revision, now
+        return now - self._seen[1] > OVERDUE * self.ttl
 
     async def _renew(self) -> None:
         """Renew three times per ttl; give up when it is over or someone else has it.

@@ -37,7 +37,8 @@ log = get_logger("engine")
 # A finished action whose result has not come back through the log yet is not started again before this.
 SETTLE_MS = 1000
 SOONEST_MS = 20
-LOOK_SECONDS = 5.0
+# The broker's clock may be set: what is due by it is looked at anew so often.
+LOOK_MS = 5000
 # Where deciding takes long, facts gather for so many times as long before the next decision: of thousands that arrive one by
 # one, deciding then takes a tenth of the time, and not the square of their number.
 LONG_SECONDS, REST = 0.002, 9
@@ -84,7 +85,7 @@ class _State:
 class Engine(Listener):
     """Runs one service's deciders over every run it follows.
 
-    Whoever compares the time with that of a fact gives the broker's `clock` (`BrokerClock`). For others time is what passes.
+    Whoever compares the time with that of a fact gives the broker's `clock` (`BrokerClock`). Waits are of time that passes.
     """
 
     def __init__(
@@ -107,7 +108,8 @@ class Engine(Listener):
         self.log = facts
         self._bus, self._streams, self._run, self._of_all = bus, tuple(streams), run, of_all
         self._decide, self._perform, self._on_fact = decide, perform, on_fact
-        self._clock = clock or (lambda: round(bus.host.monotonic() * 1000))
+        self._steady: Callable[[], int] = lambda: round(bus.host.monotonic() * 1000)
+        self._clock = clock or self._steady
         self._changed: set[str] = set()
         self._wake_at: dict[str, int] = {}
         self._actions, self._forget_from = dict[str, _State](), FEW
@@ -220,17 +222,16 @@ class Engine(Listener):
 
     async def _schedule(self) -> None:
         await self.caught_up.wait()
-        self._begun_ms = self._clock()
+        self._begun_ms = self._steady()
         while True:
-            now = self._clock()
+            now = self._steady()
             due = self._changed | {run for run, at in self._wake_at.items() if at <= now}
             self._changed = set()
             self._something.clear()
             for run in sorted(due):
                 self._decide_run(run, now)
             next_at = min(self._wake_at.values(), default=None)
-            # A clock that is set meanwhile must not prolong the wait.
-            wait = None if next_at is None else min(LOOK_SECONDS, max(0.0, (next_at - self._clock()) / 1000))
+            wait = None if next_at is None else max(0.0, (next_at - self._steady()) / 1000)
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._something.wait()
@@ -244,11 +245,11 @@ class Engine(Listener):
         try:
             if not self._known_rules(run):
                 return
-            began = self._bus.host.monotonic()
+            began, told = self._bus.host.monotonic(), self._clock()
             with metrics.DECIDE_SECONDS.time():
-                decision = self._decide(self.facts(run), now)
+                decision = self._decide(self.facts(run), told)
             if (took := self._bus.host.monotonic() - began) > LONG_SECONDS:
-                self._held_until[run] = self._clock() + round(REST * took * 1000)
+                self._held_until[run] = self._steady() + round(REST * took * 1000)
         except Fatal:
             raise
         except Exception as error:
@@ -256,7 +257,8 @@ class Engine(Listener):
             return
         self._pauses.succeeded(run, DECIDING)
         WAITING.end(f"{run}/{DECIDING}")
-        self._begin(run, decision, now)
+        wakes = [] if decision.wake_at_ms is None else [now + min(LOOK_MS, decision.wake_at_ms - told)]
+        self._begin(run, decision, now, wakes)
 
     def _undecided(self, run: str, now: int, error: Exception) -> None:
         """Decide on a run later: what there is of it makes the decision fail."""
@@ -265,8 +267,7 @@ class Engine(Listener):
             self._leave(run, DECIDING, error)
         self._held_until[run] = self._wake_at[run] = now + int((MAX_WAIT if wait is None else wait) * 1000)
 
-    def _begin(self, run: str, decision: Decision, now: int) -> None:
-        wakes = [] if decision.wake_at_ms is None else [decision.wake_at_ms]
+    def _begin(self, run: str, decision: Decision, now: int, wakes: list[int]) -> None:
         self._end_waits(run, {action.key for action in decision.actions})
         if len(self._actions) > self._forget_from:  # Of each cycle there are some, and of runs no end.
             self._actions = {key: state for key, state in self._actions.items() if not state.is_over(now)}
@@ -371,7 +372,7 @@ class Engine(Listener):
             self._deaths.end(action.key)
             self._alone = "" if self._alone == action.key else self._alone
             state.task = None
-            state.not_before_ms = self._clock() + int(delay * 1000)
+            state.not_before_ms = self._steady() + int(delay * 1000)
             self.wake(action.run)
 
     def _failed(self, action: Action, state: _State, error: Exception, delay: float) -> tuple[str, float]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from connito.bus import Bus
 from connito.bus.lease import Lease, LeaseKeeper
-from connito.runtime.host import HOST
+from connito.runtime.host import HOST, Host
 from connito.wire.identity import Identity
 from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -82,6 +82,24 @@ async def test_it_knows_its_own_entry_and_that_of_others(monkeypatch: pytest.Mon
     assert (bucket.updated, lease._last) == (9, 12)
     # Expired, and somebody else's, between the question and the answer.
     assert not await lease._try_acquire()
+
+
+async def test_it_takes_over_what_nobody_renews(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the broker thinks of its age: its clock may have been set back. What is renewed stays another's."""
+    taken, now = KeyWrongLastSequenceError(description="wrong last sequence: 7"), [100.0]
+    entries = [SimpleNamespace(value=b"another", revision=revision) for revision in (7, 7, 8, 8, 8)]
+    lease = standby(bucket := Bucket(create=[taken] * 5, get=entries, update=[9]), monkeypatch)
+    lease._bus.host = Host(monotonic=lambda: now[0])
+    for passed, acquired in (
+        (0.0, False),
+        (lease.ttl, False),
+        (lease.ttl, False),
+        (lease.ttl, False),
+        (lease.ttl, True),
+    ):
+        now[0] += passed
+        assert await lease._try_acquire() == acquired
+    assert (bucket.updated, lease._last) == (8, 9)
 
 
 async def test_a_keeper_takes_over_its_own_entry_of_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 from connito.bus import Bus
+from connito.runtime.host import Host
 from connito.runtime.waiting import WAITING
 from connito.service.deaths import BY_ITSELF, FIRST_REST, LAST_REST, ROOM, UNEXPLAINED, Death, Deaths
 from connito.service.engine import Action, Decision, Engine
@@ -137,6 +138,7 @@ def engine_after(path: Path, found: dict[str, Death], done: list[str], bus: Brok
         keys = [f"{facts.run}/merge", f"{facts.run}/other"]
         return Decision([Action(key, facts.run, key) for key in keys if key not in done])
 
+    bus.host = Host(monotonic=lambda: now[0] / 1000)
     return Engine(
         cast(Bus, bus),
         Log(ROSTER),
@@ -145,7 +147,6 @@ def engine_after(path: Path, found: dict[str, Death], done: list[str], bus: Brok
         perform,
         service="aggregator",
         kept=Kept(path),
-        clock=lambda: now[0],
     )
 
 

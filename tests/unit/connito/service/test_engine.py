@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import cast
 
@@ -131,6 +132,59 @@ async def test_what_was_given_up_goes_on_after_somebody_has_mended_it(monkeypatc
     await asyncio.sleep(0)
     assert WAITING.entries() == []
     running.cancel()
+
+
+async def test_a_clock_that_is_set_back_holds_no_action_up() -> None:
+    """The broker's is when its machine's is set, and when another node of a cluster answers. What waits for its next try, or
+    because deciding takes long, waits so many seconds, and not until the clock shows that time again."""
+    log, ahead, tried, over = Log(Roster({})), [0], list[int](), asyncio.Event()
+    log.runs["r"] = RunFacts("r")
+
+    async def perform(action: Action) -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise Retry("away", after=0.05)
+        over.set()
+
+    def decide(facts: RunFacts, _now_ms: int) -> Decision:
+        time.sleep(0.003)  # So long that the next decision has to wait.
+        return Decision([] if over.is_set() else [Action("r/merge", "r")])
+
+    def clock() -> int:
+        return round(HOST.monotonic() * 1000) + ahead[0]
+
+    running = asyncio.create_task(Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform, clock=clock).run())
+    async with asyncio.timeout(PATIENCE):
+        while not WAITING.entries():  # noqa: ASYNC110 - the engine's turn
+            await asyncio.sleep(0)
+        ahead[0] = -1_800_000
+        await over.wait()
+    await end_tasks([running])
+
+
+async def test_a_clock_that_is_set_forward_brings_what_is_due_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connito.service.engine.LOOK_MS", 10)
+    log, ahead, told, due = Log(Roster({})), [0], list[int](), round(HOST.monotonic() * 1000) + 900_000
+    log.runs["r"] = RunFacts("r")
+
+    async def perform(action: Action) -> None:
+        raise AssertionError(action)
+
+    def decide(facts: RunFacts, now_ms: int) -> Decision:
+        told.append(now_ms)
+        return Decision(wake_at_ms=due)
+
+    def clock() -> int:
+        return round(HOST.monotonic() * 1000) + ahead[0]
+
+    running = asyncio.create_task(Engine(cast(Bus, Still()), log, ("RUNS",), decide, perform, clock=clock).run())
+    async with asyncio.timeout(PATIENCE):
+        while not told:  # noqa: ASYNC110 - the engine's turn
+            await asyncio.sleep(0)
+        ahead[0] = 1_800_000
+        while max(told) < due:  # noqa: ASYNC110 - the engine's turn
+            await asyncio.sleep(0.001)
+    await end_tasks([running])
 
 
 async def test_nobody_is_shown_to_wait_for_what_is_not_asked_for_any_more() -> None:
