@@ -33,14 +33,16 @@ class Node(NatsServer):
 
     def __init__(self, folder: Path, number: int, ports: list[tuple[int, int, int]], accounts: Accounts | None) -> None:
         super().__init__(folder / f"node-{number}", ports[number][0], accounts)
-        self._name, self._route, self.monitor = f"node-{number}", ports[number][1], ports[number][2]
+        self._number, self._route, self.monitor = number, ports[number][1], ports[number][2]
         self._routes = [f"nats://127.0.0.1:{route}" for _, route, _ in ports]
+
+    def _own_name(self) -> str:
+        # A node that comes back under another name is one more peer to its cluster, and the old one is missed for ever.
+        return f"connito-local-node-{self._number}"
 
     def _config(self) -> dict[str, Any]:
         cluster = {"name": "chaos", "listen": f"127.0.0.1:{self._route}", "routes": self._routes}
-        return super()._config() | {
-            "server_name": self._name, "cluster": cluster, "http": f"127.0.0.1:{self.monitor}"
-        }  # fmt: skip
+        return super()._config() | {"cluster": cluster, "http": f"127.0.0.1:{self.monitor}"}
 
 
 class Cluster(NatsServer):

@@ -243,9 +243,12 @@ class NatsServer(Server):
         self.port = self._asked or free_ports(1)[0]
 
     def _prepare(self) -> list[str]:
-        self._name = f"connito-local-{secrets.token_hex(8)}"
+        self._name = self._own_name()
         write_durably(self.data_dir / "nats-server.conf", json.dumps(self._config(), indent=2))
         return [find_program(self.program), "-c", "nats-server.conf"]
+
+    def _own_name(self) -> str:
+        return f"connito-local-{secrets.token_hex(8)}"
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
