@@ -7,8 +7,11 @@ its layers is left to the family: the model's own forward runs, with the layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +59,7 @@ class Evaluator:
         self._head = Head(model)
         self._batch_tokens, self._cache_bytes = batch_tokens, cache_bytes
         self._cache: dict[bytes, torch.Tensor] = {}
-        self._cached = 0
+        self._cached, self._caching = 0, threading.Lock()
         self._device = next(model.parameters()).device
         self._shortcut = Shortcut.find(model, self._layers[min(self.targets)].experts_name)
         if self._shortcut is not None and not self._shortcut.agrees(self._head):
@@ -96,19 +99,50 @@ class Evaluator:
             self.put(state)
         count, length = sequences.shape[0], sequences.shape[1] - 1
         sums = np.zeros(count, dtype=np.float64)
-        size = max(1, self._batch_tokens // length)
-        for start in range(0, count, size):
-            part = np.ascontiguousarray(sequences[start : start + size])
-            sums[start : start + size] = self._batch(part)
-            if on_batch is not None:
-                on_batch(min(start + size, count), count)
+        done = 0
+        with self._side_by_side(count * length) as (side, at_once):
+            for found in at_once(self._batch, self._batches(sequences, side)):
+                sums[done : done + len(found)] = found
+                done += len(found)
+                if on_batch is not None:
+                    on_batch(done, count)
         return sums, counted(sequences)
 
     def warm(self, sequences: npt.NDArray[Any]) -> None:
         """Compute and keep the hidden states of `sequences` ahead of time."""
+        with self._side_by_side(sequences.size) as (side, at_once):
+            for _ in at_once(lambda part: self._hidden(self._taken(part)[0]), self._batches(sequences, side)):
+                pass
+
+    def _batches(self, sequences: Rows, side: int) -> Iterator[Rows]:
+        """Yield the sequences in batches; where several are computed at once, of a size that gives each of `side` as many."""
         size = max(1, self._batch_tokens // max(1, sequences.shape[1] - 1))
-        for start in range(0, len(sequences), size):
-            self._hidden(self._taken(np.ascontiguousarray(sequences[start : start + size]))[0])
+        if side > 1:
+            rounds = math.ceil(len(sequences) / (size * side))
+            size = math.ceil(len(sequences) / (rounds * side))
+        return (np.ascontiguousarray(sequences[at : at + size]) for at in range(0, len(sequences), size))
+
+    @contextmanager
+    def _side_by_side(self, tokens: int) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
+        """Yield how many batches are computed at once, and the map that does so.
+
+        On processors the products of one batch leave half of two cores idle, so threads get batches of their own, none smaller
+        than half a batch: each reads all weights. Where a forward changes the model for others, there is one.
+        """
+        threads = torch.get_num_threads()
+        side = min(threads, max(1, 2 * tokens // self._batch_tokens))
+        if side == 1 or self._device.type != "cpu" or self._shortcut is None or not self._head.is_plain:
+            yield 1, map
+            return
+        try:
+            with (
+                self._shortcut.apart(),
+                ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool,
+            ):
+                yield side, pool.map
+        finally:
+            # Some libraries count threads for the whole process.
+            torch.set_num_threads(threads)
 
     def _batch(self, part: Rows) -> npt.NDArray[np.float64]:
         rows = len(part)
@@ -157,9 +191,10 @@ class Evaluator:
         self._cached = sum(_bytes(row) for row in self._cache.values())
 
     def _remember(self, key: bytes, row: torch.Tensor) -> None:
-        if key not in self._cache and self._cached + _bytes(row) <= self._cache_bytes:
-            self._cache[key] = row.clone()
-            self._cached += _bytes(row)
+        with self._caching:
+            if key not in self._cache and self._cached + _bytes(row) <= self._cache_bytes:
+                self._cache[key] = row.clone()
+                self._cached += _bytes(row)
 
 
 class PartialForward:

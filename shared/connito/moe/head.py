@@ -43,6 +43,11 @@ class Head:
         self.model = model
         self.body, self.output = _split(model)
 
+    @property
+    def is_plain(self) -> bool:
+        """Return whether the end is nothing but a linear layer: it leaves the model as it is, for other threads too."""
+        return self.body is not None and isinstance(self.output, torch.nn.Linear)
+
     def nll(
         self,
         ids: torch.Tensor,

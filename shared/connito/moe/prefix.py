@@ -7,8 +7,10 @@ shortcut.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +67,7 @@ class Shortcut:
 
     def __init__(self, below: list[nn.Module], entry: nn.Module) -> None:
         self._below, self._entry = below, entry
+        self._now = _Now()
 
     @classmethod
     def find(cls, model: nn.Module, experts_name: str) -> Shortcut | None:
@@ -85,10 +88,11 @@ class Shortcut:
         return found[0]
 
     def agrees(self, head: Head) -> bool:
-        """Return whether entering at layer k gives the losses of the whole model, tried on two short sequences."""
+        """Return whether entering at layer k gives the losses of the whole model, tried on three short sequences."""
         device = home_of(head.model)
         vocabulary = int(head.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        ids = (torch.arange(48, device=device).view(2, 24) * 7919) % vocabulary
+        # Three: two rows would pass for the pair that layers of some families return.
+        ids = (torch.arange(72, device=device).view(3, 24) * 7919) % vocabulary
         try:
             with torch.inference_mode():
                 hidden = self.capture(head.model, ids[:, :-1])
@@ -102,30 +106,46 @@ class Shortcut:
     @contextmanager
     def seen(self, show: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """Show what enters layer k, [n, L, H], in every forward pass inside the block."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(args[0] if args else kwargs["hidden_states"])
-
-        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        with self._opened():
+            now = self._now
+            now.show = show
+            try:
+                yield
+            finally:
+                now.show = None
 
     @contextmanager
     def enter_with(self, hidden: torch.Tensor) -> Iterator[None]:
         """Make a forward pass skip the layers below and start layer k from `hidden` inside the block."""
+        with self._opened():
+            now = self._now
+            now.hidden = hidden
+            try:
+                yield
+            finally:
+                now.hidden = None
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let several threads capture and enter inside the block, each with hidden states of its own."""
+        with self._opened():
+            self._now = _Own()
+            try:
+                yield
+            finally:
+                self._now = _Now()
 
-        handle = self._entry.register_forward_pre_hook(hook, with_kwargs=True)
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Change the layers for the block, unless the block around it has done so for all threads."""
+        if isinstance(self._now, _Own):
+            yield
+            return
         # A layer that was compiled has a forward of its own.
         own = [layer.__dict__.get("forward") for layer in self._below]
         for layer in self._below:
-            layer.forward = _pass_through
+            layer.forward = partial(self._below_or_not, layer.forward)
+        handle = self._entry.register_forward_pre_hook(self._enter, with_kwargs=True)
         try:
             yield
         finally:
@@ -135,11 +155,31 @@ class Shortcut:
                 if forward is not None:
                     layer.forward = forward
 
+    def _enter(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        show, hidden = self._now.show, self._now.hidden
+        if show is not None:
+            show(args[0] if args else kwargs["hidden_states"])
+        if hidden is None:
+            return None
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _below_or_not(self, forward: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(hidden_states, *args, **kwargs) if self._now.hidden is None else hidden_states
+
+
+class _Now:
+    """What is shown and entered with: by every thread, since a backward pass may recompute a layer in another one."""
+
+    show: Callable[[torch.Tensor], None] | None = None
+    hidden: torch.Tensor | None = None
+
+
+class _Own(_Now, threading.local):
+    """What each thread shows and enters with by itself."""
+
 
 def row_key(row: npt.NDArray[Any]) -> bytes:
     """Return what tells a row [L + 1] from all others."""
     return hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest()
-
-
-def _pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden_states

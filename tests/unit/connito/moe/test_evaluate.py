@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from connito.errors import Invalid
+from connito.errors import Invalid, Retry
 from connito.moe.evaluate import Evaluator
 from connito.moe.rows import fingerprint, write_rows
 
@@ -101,3 +103,63 @@ def test_what_does_not_fit_is_refused_before_the_model_changes(full: Any, sequen
     assert fingerprint(full) == before
     with pytest.raises(Invalid, match="empty"):
         Evaluator(full, {})
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Threads to compute with, whatever this machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_batches_side_by_side_give_what_one_after_the_other_does(full: Any, sequences: Any, threads: int) -> None:
+    text = sequences("logs", 7, 1)
+    alone = Evaluator(full, SELECTION, batch_tokens=10**6)
+    judge = Evaluator(full, SELECTION, batch_tokens=150)
+    began: set[int] = set()
+    meet = threading.Barrier(threads)
+
+    def arrive(*_: Any) -> None:
+        if (me := threading.get_ident()) not in began:
+            began.add(me)
+            meet.wait(60)
+
+    top = full.get_submodule("model.layers.3.mlp")
+    for state in (judge.base, other_state(judge.base, 1)):
+        expected = alone.losses(state, text)[0]
+        began.clear()
+        handle = top.register_forward_pre_hook(arrive)
+        seen = list[tuple[int, int]]()
+        found, _ = judge.losses(state, text, lambda *progress, seen=seen: seen.append(progress))
+        handle.remove()
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert len(began) == threads, "the batches did not run at once"
+        assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)]
+        assert torch.get_num_threads() == threads
+    assert "forward" not in full.get_submodule("model.layers.0").__dict__
+    np.testing.assert_allclose(plain(full, text), found, rtol=1e-5)
+
+
+def test_few_sequences_and_heads_of_their_own_run_one_after_the_other(full: Any, sequences: Any, threads: int) -> None:
+    judge = Evaluator(full, SELECTION)
+    for most, side in ((10**6, 1), (256, 2), (64, threads)):
+        judge._batch_tokens = most
+        with judge._side_by_side(4 * 64) as (found, _):
+            assert found == side
+    judge._head.output = None
+    with judge._side_by_side(10**9) as (found, _):
+        assert found == 1
+
+
+def test_what_stops_a_measurement_stops_it_side_by_side(full: Any, sequences: Any, threads: int) -> None:
+    judge, text = Evaluator(full, SELECTION, batch_tokens=64), sequences("logs", 9, 1)
+
+    def stop(*_: Any) -> None:
+        raise Retry("stopped")
+
+    with pytest.raises(Retry, match="stopped"):
+        judge.losses(judge.base, text, stop)
+    np.testing.assert_allclose(judge.losses(judge.base, text)[0], plain(full, text), rtol=1e-5)
+    assert torch.get_num_threads() == threads

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from connito.base.checkpoint import save_checkpoint
@@ -62,7 +63,7 @@ LEFT_OUT = {
 # transformers sets a value of their routers' biases whenever it loads them.
 SET_ON_LOAD = {"zaya"}
 # Their layers hand more to the next one than hidden states: no entering midway, the whole model runs instead.
-HAND_MORE_ON = {"zaya"}
+HAND_MORE_ON = {"glm_moe_dsa", "hy_v4", "zaya"}
 
 
 def shared_experts(model: Any) -> list[str]:
@@ -169,6 +170,12 @@ def test_family(family: str, tmp_path: Path) -> None:
     judge = Evaluator(model, selection)
     assert (judge._shortcut is not None) == (family not in HAND_MORE_ON)
     sums, _ = judge.losses(rows, IDS.numpy())
+    # Side by side, too: a forward pass of one thread must leave those of others alone.
+    threads, judge._batch_tokens = torch.get_num_threads(), 8
+    torch.set_num_threads(4)
+    for _ in range(3):
+        torch.testing.assert_close(judge.losses(None, np.tile(IDS.numpy(), (4, 1)))[0], np.tile(sums, 4))
+    torch.set_num_threads(threads)
     judge.restore()
     before = fingerprint(model)
     write_rows(model, selection, rows)
