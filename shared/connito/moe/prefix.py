@@ -170,14 +170,14 @@ class Shortcut:
 
 
 class _Now:
-    """What is shown and entered with: by every thread, since a backward pass may recompute a layer in another one."""
+    """Shows and enters in every thread alike, since a backward pass may recompute a layer in another one."""
 
     show: Callable[[torch.Tensor], None] | None = None
     hidden: torch.Tensor | None = None
 
 
 class _Own(_Now, threading.local):
-    """What each thread shows and enters with by itself."""
+    """Shows and enters in each thread by itself."""
 
 
 def row_key(row: npt.NDArray[Any]) -> bytes:
