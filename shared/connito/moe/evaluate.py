@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from connito.moe.head import Head
 from connito.moe.layout import as_targets, check_routers, check_targets, require_moe_layers
 from connito.moe.prefix import Shortcut, row_key
 from connito.moe.rows import check_state, read_rows
+from connito.moe.side_by_side import side_by_side
 from connito.moe.state import split_name
 from connito.v1 import reasons_pb2
 
@@ -114,6 +114,18 @@ class Evaluator:
             for _ in at_once(lambda part: self._hidden(self._taken(part)[0]), self._batches(sequences, side)):
                 pass
 
+    @contextmanager
+    def begun(self, sequences: Rows) -> Iterator[None]:
+        """Let the one forward pass over all of `sequences` [n, L + 1] inside the block begin at the first adapted layer, where
+        the model can. What lies below runs here, side by side, and is not kept.
+        """
+        with ExitStack() as stack:
+            if self._shortcut is not None and not (several(sequences) and not separates(self.model)):
+                with self._side_by_side(sequences.size) as (_, at_once):
+                    hidden = torch.stack(list(at_once(self._captured, (row[None] for row in sequences))))
+                stack.enter_context(self._shortcut.enter_with(hidden))
+            yield
+
     def _batches(self, sequences: Rows, side: int) -> Iterator[Rows]:
         """Yield the sequences in batches; where several are computed at once, of a size that gives each of `side` as many."""
         size = max(1, self._batch_tokens // max(1, sequences.shape[1] - 1))
@@ -124,25 +136,12 @@ class Evaluator:
 
     @contextmanager
     def _side_by_side(self, tokens: int) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
-        """Yield how many batches are computed at once, and the map that does so.
-
-        On processors the products of one batch leave half of two cores idle, so threads get batches of their own, none smaller
-        than half a batch: each reads all weights. Where a forward changes the model for others, there is one.
-        """
-        threads = torch.get_num_threads()
-        side = min(threads, max(1, 2 * tokens // self._batch_tokens))
-        if side == 1 or self._device.type != "cpu" or self._shortcut is None or not self._head.is_plain:
+        """Yield what `side_by_side` does. Where a forward pass changes the model for others, there is one at a time."""
+        if self._shortcut is None or not self._head.is_plain:
             yield 1, map
             return
-        try:
-            with (
-                self._shortcut.apart(),
-                ThreadPoolExecutor(side, initializer=torch.set_num_threads, initargs=(threads // side,)) as pool,
-            ):
-                yield side, pool.map
-        finally:
-            # Some libraries count threads for the whole process.
-            torch.set_num_threads(threads)
+        with self._shortcut.apart(), side_by_side(self._device, tokens, self._batch_tokens) as found:
+            yield found
 
     def _batch(self, part: Rows) -> npt.NDArray[np.float64]:
         rows = len(part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -264,6 +265,7 @@ def collect(
 
     from connito.moe.batches import as_taken, placed, positions_of, separates
     from connito.moe.layout import require_moe_layers
+    from connito.moe.side_by_side import side_by_side
 
     # Before anything listens to the routers.
     separates(model)
@@ -277,14 +279,20 @@ def collect(
     groups = [sequences] if isinstance(sequences, np.ndarray) else sequences
     device = next(model.parameters()).device
     body: Any = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
-    try:
+
+    def route(rows: npt.NDArray[Any]) -> None:
+        ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
+        count.now.text = torch.from_numpy(text_of(rows).reshape(-1)).to(device)
         with torch.inference_mode():
-            for group in groups:
-                read.update(f"{group.shape}".encode() + content_of(group))
-                for rows in _batches(as_taken(group, model), batch_tokens):
-                    ids = torch.from_numpy(tokens_of(rows).astype(np.int64)).to(device)
-                    count.text = torch.from_numpy(text_of(rows).reshape(-1)).to(device)
-                    body(input_ids=ids, use_cache=False, **placed(positions_of(rows, device)))
+            body(input_ids=ids, use_cache=False, **placed(positions_of(rows, device)))
+
+    try:
+        for group in groups:
+            read.update(f"{group.shape}".encode() + content_of(group))
+            # Sums of states would come out by the order of batches.
+            with side_by_side(device, group.size if served is None else 0, batch_tokens) as (_, at_once):
+                for _ in at_once(route, _batches(as_taken(group, model), batch_tokens)):
+                    pass
     finally:
         for handle in handles:
             handle.remove()
@@ -298,11 +306,12 @@ def collect(
 
 @dataclass
 class _Count:
-    """Counter of a batch. `text`: bool [T], which of the tokens that the routers see are text."""
+    """Counter of batches. `now.text`: bool [T], which of the tokens that the routers see in this thread are text."""
 
     out: RoutingStatistics
     served: dict[int, FloatArray] | None
-    text: torch.Tensor | None = None
+    now: threading.local = field(default_factory=threading.local)
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     def hook(self, index: int, total: int, _: nn.Module, args: Any, output: Any) -> None:
         """Add what the router of layer `index`, with `total` experts, has chosen."""
@@ -317,11 +326,13 @@ class _Count:
                 inside = (slot >= 0) & (slot < total)
                 sums.index_add_(0, slot[inside], states[inside])
             self.served[index] = self.served.get(index, 0.0) + sums.cpu().numpy()
-        self.out.add(index, total, ids.cpu().numpy(), weights.detach().float().cpu().numpy())
+        chosen, given = ids.cpu().numpy(), weights.detach().float().cpu().numpy()
+        with self.turn:
+            self.out.add(index, total, chosen, given)
 
     def _of_text(self, values: torch.Tensor) -> torch.Tensor:
         flat = values.reshape(-1, values.shape[-1])
-        return flat if self.text is None or self.text.all() else flat[self.text]
+        return flat if self.now.text.all() else flat[self.now.text]
 
 
 def _batches(group: npt.NDArray[Any], batch_tokens: int) -> Iterable[npt.NDArray[Any]]:

@@ -72,4 +72,5 @@ class Recount:
         from connito.moe.state import load_state
 
         self._evaluator.put(load_state(start))
-        return routed_tokens(self._evaluator.model, self._evaluator.targets, rows)
+        with self._evaluator.begun(rows):
+            return routed_tokens(self._evaluator.model, self._evaluator.targets, rows)

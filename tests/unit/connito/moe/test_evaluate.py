@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from connito.errors import Invalid, Retry
 from connito.moe.evaluate import Evaluator
+from connito.moe.routed import routed_tokens
 from connito.moe.rows import fingerprint, write_rows
 
 SELECTION = {3: [0, 5]}
@@ -105,15 +105,6 @@ def test_what_does_not_fit_is_refused_before_the_model_changes(full: Any, sequen
         Evaluator(full, {})
 
 
-@pytest.fixture
-def threads() -> Iterator[int]:
-    """Threads to compute with, whatever this machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
-    torch.set_num_threads(before)
-
-
 def test_batches_side_by_side_give_what_one_after_the_other_does(full: Any, sequences: Any, threads: int) -> None:
     text = sequences("logs", 7, 1)
     alone = Evaluator(full, SELECTION, batch_tokens=10**6)
@@ -163,3 +154,14 @@ def test_what_stops_a_measurement_stops_it_side_by_side(full: Any, sequences: An
         judge.losses(judge.base, text, stop)
     np.testing.assert_allclose(judge.losses(judge.base, text)[0], plain(full, text), rtol=1e-5)
     assert torch.get_num_threads() == threads
+
+
+def test_tokens_are_routed_alike_from_the_first_adapted_layer_on(full: Any, sequences: Any, threads: int) -> None:
+    judge, text, calls = Evaluator(full, SELECTION, batch_tokens=64), sequences("logs", 9, 1), list[int]()
+    whole = routed_tokens(full, SELECTION, text)
+    with judge.begun(text):
+        handle = full.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *_: calls.append(1))
+        assert routed_tokens(full, SELECTION, text) == whole
+        handle.remove()
+    assert not calls, "layers below the first adapted one ran again"
+    assert not judge._cache

@@ -22,6 +22,7 @@ from connito.moe.layout import require_moe_layers
 from connito.moe.prepare import prepare
 from connito.moe.residency import FOUR_BIT
 from connito.moe.resident import compress, read_targets, target_parameters, write_targets
+from connito.moe.routed import routed_tokens
 from connito.moe.rows import assert_only_changed, fingerprint, write_rows
 from connito.moe.selection import select_experts
 from connito.moe.state import load_state, save_state
@@ -175,6 +176,9 @@ def test_family(family: str, tmp_path: Path) -> None:
     torch.set_num_threads(4)
     for _ in range(3):
         torch.testing.assert_close(judge.losses(None, np.tile(IDS.numpy(), (4, 1)))[0], np.tile(sums, 4))
+        with judge.begun(IDS.numpy()):
+            routed = routed_tokens(model, selection, IDS.numpy())
+        assert routed == routed_tokens(model, selection, IDS.numpy())
     torch.set_num_threads(threads)
     judge.restore()
     before = fingerprint(model)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from connito.data.packing import PADDING, ROW
 from connito.errors import Invalid
 from connito.moe.layout import require_moe_layers
 from connito.moe.statistics import RoutingStatistics, collect, merge_all
@@ -27,6 +29,28 @@ def test_counts_add_up_and_survive_storage(full: Any, sequences: Any) -> None:
     again = RoutingStatistics.from_bytes(whole.to_bytes())
     assert again.to_bytes() == whole.to_bytes()
     assert again.layers.keys() == whole.layers.keys()
+
+
+def test_batches_side_by_side_count_what_one_after_the_other_does(full: Any, sequences: Any, threads: int) -> None:
+    tokens, met = sequences("logs", 9, 1), threading.Barrier(threads)
+    text = np.zeros(tokens.shape, ROW)
+    text["token"], text["counts"] = tokens, True
+    # The more text, the later the row.
+    positions, rows = np.arange(tokens.shape[1]), np.arange(len(tokens))[:, None]
+    text["position"] = np.where(positions < 8 * (rows + 1), positions, PADDING)
+    torch.set_num_threads(1)
+    alone, began = collect(full, text, batch_tokens=64), set[int]()
+    torch.set_num_threads(threads)
+
+    def arrive(*_: Any) -> None:
+        if (me := threading.get_ident()) not in began:
+            began.add(me)
+            met.wait(60)
+
+    handle = full.get_submodule("model.layers.0.mlp").register_forward_pre_hook(arrive)
+    assert collect(full, text, batch_tokens=64).to_bytes() == alone.to_bytes()
+    handle.remove()
+    assert len(began) == threads
 
 
 def test_the_tiny_base_routes_by_domain(full: Any, sequences: Any) -> None:
