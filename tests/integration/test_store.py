@@ -6,17 +6,24 @@ import asyncio
 import base64
 import hashlib
 import os
+import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.errors import Invalid, NotFound, Retry, VerificationFailed
+from connito.errors import Invalid, NotFound, Retry, Unusable, VerificationFailed
 from connito.platform.servers import ObjectStore
 from connito.store import ArtifactStore, get_presigned, key_of, put_presigned, ref_of_bytes
 from connito.store.client import StoreClock
 from connito.v1 import artifacts_pb2, reasons_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
+
+from tests.support.clocks import set_clock
 
 pytestmark = pytest.mark.integration
 
@@ -337,3 +344,66 @@ class TestClocks:
         assert await put_presigned(url, headers, upload)
         await get_presigned(skewed.presign_get(ref, 60), ref, tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == data
+
+
+@pytest.fixture
+def jumping(object_store: ObjectStore) -> Iterator[Callable[[int], None]]:
+    """Sets the clock of the store while it runs."""
+    yield lambda ahead: set_clock(object_store.pid, ahead)
+    set_clock(object_store.pid, 0)
+
+
+async def test_a_store_whose_clock_is_set_while_it_runs_takes_what_it_took_before(
+    store: ArtifactStore, jumping: Callable[[int], None], tmp_path: Path
+) -> None:
+    for ahead in (1800, 0, -1800, 7 * 86400):
+        jumping(ahead)
+        ref = await store.put_bytes(os.urandom(100), "text/plain")
+        await get_presigned(store.presign_get(ref, 60), ref, tmp_path / "back")
+        jumping(ahead + 1800)
+        assert (await store.fetch(ref)).stat().st_size == 100
+
+
+async def test_a_store_that_checks_another_time_than_it_tells_is_named_with_its_clock(
+    store: ArtifactStore, object_store: ObjectStore, jumping: Callable[[int], None], tmp_path: Path
+) -> None:
+    """A proxy in front of it says what time it is there. That is no fault of the key, and goes once a clock is set."""
+    served = await asyncio.start_server(partial(dated, object_store.ports["s3"]), "127.0.0.1", 0)
+    port = served.sockets[0].getsockname()[1]
+    behind = ArtifactStore(
+        f"http://127.0.0.1:{port}",
+        object_store.access_key,
+        object_store.secret_key,
+        store.bucket,
+        store.region,
+        tmp_path,
+    )
+    async with served:
+        ref = await behind.put_bytes(b"late", "text/plain")
+        jumping(1800)
+        with pytest.raises(Unusable, match="set the clocks of the store and of the proxy") as refused:
+            await behind.get_bytes(ref)
+        assert refused.value.dependency == "store"
+        # An answer to HEAD has no body that says why.
+        with pytest.raises(Unusable, match="the clocks of the store and of a proxy"):
+            await behind.stat(ref)
+        jumping(0)
+        assert await behind.get_bytes(ref) == b"late"
+
+
+async def dated(store: int, caller: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+    """Hand one connection on to the store, and its answers back with the time that it is here."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", store)
+
+    async def there() -> None:
+        while part := await caller.read(1 << 16):
+            writer.write(part)
+
+    handing = asyncio.create_task(there())
+    with suppress(asyncio.CancelledError):
+        while part := await reader.read(1 << 16):
+            now = formatdate(usegmt=True).encode()
+            answer.write(re.sub(rb"\r\nDate: [^\r]*", b"\r\nDate: " + now, part))
+    handing.cancel()
+    answer.close()
+    writer.close()

@@ -15,7 +15,6 @@ _DENIED = {
     "AccessDenied",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "RequestTimeTooSkewed",
     "AuthorizationHeaderMalformed",
 }
 READING = {"fetch", "get", "range", "copy"}
@@ -33,10 +32,18 @@ def explained(error: Exception, operation: str, what: str, endpoint: str, bucket
         if error.code == "NoSuchBucket":
             text = f"the store has no bucket {bucket} yet; create it or check CONNITO_S3_BUCKET"
             return Retry(text, dependency="store")
+        if error.code == "RequestTimeTooSkewed":
+            # Requests are signed by the time that its answers tell: who answers and who checks are not of one mind.
+            text = f"the store at {endpoint} refuses the time of {operation} on {bucket}, which is the one that its answers tell"
+            return Unusable(
+                f"{text}; set the clocks of the store and of the proxy in front of it", dependency="store",
+                reason=reasons.REASON_STORE_UNAVAILABLE,
+            )  # fmt: skip
         if error.code in _DENIED:
             return Unusable(
                 f"the store at {endpoint} denies {operation} on {bucket} ({error.code}); "
-                "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY and the key's policy",
+                "check CONNITO_S3_ACCESS_KEY, CONNITO_S3_SECRET_KEY, the key's policy, and that the clocks "
+                "of the store and of a proxy in front of it agree",
                 dependency="credentials",
                 reason=reasons.REASON_NOT_PERMITTED,
             )
