@@ -26,6 +26,7 @@ from typing import Any
 from connito.bus import Bus, streams
 from connito.files import write_durably
 from connito.platform.servers import NatsServer
+from connito.protocol.findings import PROTOCOL_VERSION
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
@@ -69,7 +70,9 @@ class Cast:
 def beginning(cast: Cast, cycles: int) -> Iterator[Said]:
     """Yield a run's creation, selection and participants."""
     coordinator = cast.services["coordinator"]
-    spec = run_pb2.RunSpec(run=RUN, domain="recipes", cycles=cycles + 1, protocol_version=2, emission=100)
+    spec = run_pb2.RunSpec(
+        run=RUN, domain="recipes", cycles=cycles + 1, protocol_version=PROTOCOL_VERSION, emission=100
+    )
     yield cast.say("run", 0, "created", run_pb2.RunCreated(spec=spec), coordinator)
     selected = run_pb2.SelectionMade(run=RUN, initial_state=ArtifactRef(digest=f"{0:064x}", size=10))
     yield cast.say("run", 0, "selected", selected, cast.services["selector"])
@@ -78,6 +81,8 @@ def beginning(cast: Cast, cycles: int) -> Iterator[Said]:
     for one in cast.validators:
         joined = run_pb2.ValidatorJoined(run=RUN, validator=one.public)
         yield cast.say("run", 0, "validator", joined, one, one.public)
+        counted = run_pb2.StakeCounted(run=RUN, validator=one.public, stake=1.0)
+        yield cast.say("run", 0, "stake", counted, coordinator, one.public)
 
 
 def window(cast: Cast, cycle: int, name: str, expected: list[str], stream: str = "INGRESS") -> tuple[Said, Said]:
