@@ -97,26 +97,26 @@ def fresh_folder(target: Path, is_sound: Callable[[], bool] = lambda: True) -> I
 
     One process at a time; others wait. A process that is killed leaves a draft that the next one removes.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_dir():
-            if is_sound():
-                yield None
-                return
-            shutil.rmtree(target)  # What links to its files verifies them itself.
-        draft = target.with_name(f"{target.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        try:
-            yield draft
-            draft.rename(target)
-        except OSError as error:
-            raise Invalid(
-                f"cannot write {target}: {error.strerror}; free space there, or set CONNITO_CACHE_DIR"
-            ) from error
-        finally:
+    draft = target.with_name(f"{target.name}.draft")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f"{target.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.is_dir():
+                if is_sound():
+                    yield None
+                    return
+                shutil.rmtree(target)  # What links to its files verifies them itself.
             shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            try:
+                yield draft
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        remedy = "make that folder writable and free space there, or set CONNITO_CACHE_DIR"
+        raise Invalid(f"cannot write {target}: {error.strerror}; {remedy}") from error
 
 
 def build_base(recipe: Recipe, out: Path, progress: Progress) -> None:

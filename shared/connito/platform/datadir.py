@@ -64,15 +64,17 @@ class DataDir:
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "it may not be read and written by this user")
         except OSError as error:
-            raise Invalid(
-                f"cannot use the data directory {path}: {error.strerror}; choose another by --data-dir"
-            ) from error
+            why = "it is a file, or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror
+            raise Invalid(f"cannot use the data directory {path}: {why}; choose another by --data-dir") from error
         return cls(path)
 
     @classmethod
     def at(cls, root: Path | None) -> DataDir:
         """Return the folder as it is, there or not, for who only reads."""
-        return cls((root or default_data_dir()).absolute())
+        try:
+            return cls((root or default_data_dir()).absolute())
+        except FileNotFoundError as error:
+            raise Invalid("the current folder is gone; change into one that is there") from error
 
     @property
     def keys(self) -> Path:

@@ -19,8 +19,11 @@ from connito.wire.tls import Tls
 
 
 def default_cache_dir() -> Path:
-    """Return `$XDG_CACHE_HOME/connito`, or `~/.cache/connito`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "connito"
+    """Return `$XDG_CACHE_HOME/connito`, or `~/.cache/connito`. Raises `Invalid` for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "connito"
+    except RuntimeError as error:
+        raise Invalid("this user has no home folder for a cache; set HOME or CONNITO_CACHE_DIR") from error
 
 
 class ServiceSettings(BaseSettings):

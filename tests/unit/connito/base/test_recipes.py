@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,21 @@ async def test_a_damaged_base_is_built_anew_and_never_handed_in(
         build_cached("tiny", silent)
         assert is_whole("tiny")
         assert cached_manifest("tiny") == manifest, "as it was"
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_variable_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONNITO_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(Invalid, match=r"cannot write .*file/cache.*set CONNITO_CACHE_DIR"):
+        build_cached("tiny", silent)
+    monkeypatch.delenv("CONNITO_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # A user that no list of users has, as in a container.
+    with pytest.raises(Invalid, match=r"no home folder.*set HOME or CONNITO_CACHE_DIR"):
+        build_cached("tiny", silent)
 
 
 def test_two_that_find_a_base_damaged_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

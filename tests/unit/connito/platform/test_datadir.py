@@ -58,6 +58,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         DataDir.open(tmp_path / "file" / "x")
 
 
+def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(Invalid, match=rf"{name}: it is a file, or a link to nowhere; .*--data-dir"):
+            DataDir.open(tmp_path / name)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for opened in (DataDir.open, DataDir.at):
+        with pytest.raises(Invalid, match="the current folder is gone"):
+            opened(Path("here"))
+
+
 def test_a_platform_is_found_only_while_it_runs_and_only_by_its_owner(data: DataDir) -> None:
     with pytest.raises(NotFound, match="connito up"):
         data.running()
