@@ -40,7 +40,8 @@ class Services:
 
     def __init__(self, bus: Bus, connect: Callable[[str, Tls], grpc.aio.Channel] = rpc.channel) -> None:
         self._bus, self._connect = bus, connect
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        # By address, and by what its certificates were made of: others came where those were renewed.
+        self._channels: dict[object, grpc.aio.Channel] = {}
 
     async def close(self) -> None:
         """Close the channels."""
@@ -86,12 +87,14 @@ class Services:
 
     async def _call(self, service: str, stub: Callable[[Any], Any], method: str, request: Message) -> Any:
         address = await self._bus.find_endpoint(service)
-        if address not in self._channels:
-            self._channels[address] = self._connect(address, self._bus.tls)
+        tls = self._bus.tls
+        way = address, () if tls.api == "off" else tls.files()
+        if way not in self._channels:
+            self._channels[way] = self._connect(address, tls)
         try:
-            return await rpc.call(getattr(stub(self._channels[address]), method), request)
+            return await rpc.call(getattr(stub(self._channels[way]), method), request)
         except Retry as error:
-            raise await rpc.explained(error, address, self._bus.tls) from error
+            raise await rpc.explained(error, address, tls) from error
         except Invalid as error:
             if error.reason in _CATCHING_UP:
                 raise Retry(f"the {service} has not accepted yet: {error}", after=max(0.3, error.after)) from error

@@ -89,6 +89,11 @@ spec:
     spec:
       {{- include "connito.placement" (list . "nats" (merge (dict "topologySpreadConstraints" list) $conf)) | nindent 6 }}
       terminationGracePeriodSeconds: {{ $conf.terminationGracePeriodSeconds | default 60 }}
+      {{- $image := printf "%s:%s" $conf.image.repository $conf.image.tag }}
+      {{- with $conf.image.digest }}{{ $image = printf "%s@%s" $conf.image.repository . }}{{ end }}
+      {{- if $nats.tlsSecret }}
+      shareProcessNamespace: true  # For whoever tells the server that its certificate was renewed.
+      {{- end }}
       topologySpreadConstraints:
         {{- if $conf.topologySpreadConstraints }}
         {{- toYaml $conf.topologySpreadConstraints | nindent 8 }}
@@ -103,7 +108,7 @@ spec:
         {{- end }}
       containers:
         - name: nats
-          image: "{{ $conf.image.repository }}{{ with $conf.image.digest }}@{{ . }}{{ else }}:{{ $conf.image.tag }}{{ end }}"
+          image: {{ $image | quote }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
           args: [--config, /etc/nats/nats.conf, --name, "$(POD_NAME)"]
           securityContext: {{- include "connito.containerSecurity" . | nindent 12 }}
@@ -152,6 +157,28 @@ spec:
           ports:
             - { name: metrics, containerPort: 7777 }
           resources: {{- toYaml $nats.exporter.resources | nindent 12 }}
+        {{- end }}
+        {{- if $nats.tlsSecret }}
+        # nats-server reads its certificate when it is told to. It keeps its clients then, and shows new ones the new one.
+        - name: reload
+          image: {{ $image | quote }}
+          imagePullPolicy: {{ .Values.image.pullPolicy }}
+          command: [sh, -c]
+          args:
+            - |
+              hash() { cat /etc/nats-tls/tls.crt /etc/nats-tls/tls.key /etc/nats-tls/ca.crt | sha256sum; }
+              seen=$(hash)
+              while sleep 10; do
+                now=$(hash)
+                [ "$now" = "$seen" ] || { nats-server -sl=reload=/var/run/nats/nats.pid && seen=$now; }
+              done
+          securityContext: {{- include "connito.containerSecurity" . | nindent 12 }}
+          resources:
+            requests: { cpu: 5m, memory: 16Mi }
+            limits: { memory: 64Mi }
+          volumeMounts:
+            - { name: run, mountPath: /var/run/nats }
+            - { name: tls, mountPath: /etc/nats-tls, readOnly: true }
         {{- end }}
         {{- with $conf.extraContainers }}{{ toYaml . | nindent 8 }}{{ end }}
       volumes:

@@ -36,7 +36,7 @@ from connito.wire.tls import PLAIN, Tls, refusal, required
 log = get_logger("bus")
 
 REQUEST_TIMEOUT = 2.0
-CLOSE_SECONDS = 0.5
+CLOSE_SECONDS = 1.0
 MAX_REFUSALS = 4
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
@@ -78,6 +78,7 @@ class Connection:
         # Whoever reads there asks the desk (`connito.bus.desk`), and is answered from another account.
         self._by_desk = self.stranger and bool(ACCOUNTS[self.account].told)
         self._context: ssl.SSLContext | None = None
+        self._files: tuple[bytes | None, ...] = ()
         self._refused_certificate: Invalid | None = None
         self.nc = client if client is not None else Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_TIMEOUT)
@@ -99,7 +100,8 @@ class Connection:
                 self.nc._public_nkey = self.identity.public
             options |= {"signature_cb": self._sign, "inbox_prefix": self._inbox(self.identity.public)}
         if self.tls.own or self._addresses[0].startswith("tls://"):
-            self._context = options["tls"] = self.tls.context()
+            self._files, self._context = self.tls.files(), self.tls.context()
+            options["tls"] = self._context
         try:
             await self.nc.connect(
                 servers=self._addresses,
@@ -118,10 +120,7 @@ class Connection:
                 **options,
             )
         except BaseException as error:
-            with suppress(Exception):
-                # After a failed handshake the library waits for a goodbye that never comes.
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self.nc.close()
+            await self._hang_up()
             if isinstance(error, Retry) and self._context is not None and (why := await self._why_hung_up()):
                 self._report_certificate(why)
                 raise why from error
@@ -167,9 +166,14 @@ class Connection:
         with suppress(NatsError, OSError, asyncio.TimeoutError):
             if self.nc.is_connected:
                 await self.nc.flush(timeout=1)
-        with suppress(NatsError, OSError):
-            await self.nc.close()
+        await self._hang_up()
         metrics.BUS_CONNECTED.set(0)
+
+    async def _hang_up(self) -> None:
+        with suppress(Exception):
+            # After a failed handshake, the first or one that was to reconnect, the library waits for a goodbye that never comes.
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.nc.close()
 
     @property
     def connected(self) -> bool:
@@ -240,6 +244,8 @@ class Connection:
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error)
+        if not self.nc.is_connected and self._changed():
+            self._renew()
         refused = any(word in text.lower() for word in ("authorization violation", "authentication revoked"))
         if (certificate := refusal(error, f"the broker at {self.url}")) is not None:
             self._report_certificate(certificate)
@@ -285,9 +291,7 @@ class Connection:
 
     async def _on_disconnected(self) -> None:
         metrics.BUS_CONNECTED.set(0)
-        if self._context is not None:
-            with suppress(Fatal):  # What is being renewed just now is read at the next loss.
-                self.tls.renew(self._context)
+        self._renew()
         if not self._closing and not self._starting:
             log.warning("lost the broker, reconnecting", url=self.url)
             self._lost_at = time.monotonic()
@@ -296,6 +300,18 @@ class Connection:
                     f"lost the broker at {self.url} on the way to {in_words(subject)}", after=0.2, dependency="broker"
                 )
             )
+
+    def _renew(self) -> None:
+        """Read authorities and our own certificate again, for the next handshake; what is half written, at the next attempt."""
+        if self._context is not None:
+            with suppress(Fatal):
+                self._files = self.tls.files()
+                self._context = self.nc.options["tls"] = self.tls.context()
+
+    def _changed(self) -> bool:
+        with suppress(Fatal):
+            return self._context is not None and self.tls.files() != self._files
+        return False
 
     def _fail(self, reason: Callable[[str], Exception | None]) -> None:
         for subject, failed in list(self._underway):

@@ -32,6 +32,8 @@ class Connection:
         self._find, self._identity, self._tls = find, identity, tls
         self._beside = [("authorization", f"Bearer {token}")] if token else None
         self._open: dict[str, tuple[str, Any, Any]] = {}
+        self._files: tuple[bytes | None, ...] = ()
+        self._left: list[Any] = []
         self._opening = threading.Lock()
 
     def call(self, service: str, method: str, request: Message) -> Any:
@@ -86,14 +88,21 @@ class Connection:
 
     def close(self) -> None:
         """Close the channels."""
-        for _, channel, _ in self._open.values():
+        for channel in [*self._left, *(channel for _, channel, _ in self._open.values())]:
             channel.close()
         self._open.clear()
+        self._left.clear()
 
     def _reach(self, service: str) -> tuple[str, Any, Any]:
         from connito.v1 import services_pb2_grpc
 
+        files = () if self._tls.api == "off" else self._tls.files()
         with self._opening:
+            if self._files != files:
+                # Certificates were renewed: what is under way goes on, what is asked from now on uses them.
+                self._left += [channel for _, channel, _ in self._open.values()]
+                self._open.clear()
+                self._files = files
             if service not in self._open:
                 address = self._find(service)
                 channel = _channel(address, self._tls)

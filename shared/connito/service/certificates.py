@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
+from connito.errors import Fatal
 from connito.runtime import metrics
 from connito.wire.tls import PLAIN, Tls
 
@@ -67,7 +68,7 @@ async def look(watched: Iterable[tuple[str, str, int]], tls: Tls = PLAIN) -> Non
         except ssl.SSLCertVerificationError as error:
             if error.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
                 gauge.set(time.time())
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, Fatal):  # Files that are just being replaced are read at the next look.
             continue
 
 

@@ -10,6 +10,7 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from connito.errors import ConnitoError, ObjectMissing, Retry, Unusable
 from connito.store.presigned import UNREADABLE, disk_or_network, unreadable
 from connito.v1 import reasons_pb2 as reasons
+from connito.wire.tls import refusal
 
 _DENIED = {
     "AccessDenied",
@@ -51,6 +52,8 @@ def explained(error: Exception, operation: str, what: str, endpoint: str, bucket
             return unreadable(what, endpoint)
         return Retry(f"{away}: {error.code} {error.message}", dependency="store")
     if isinstance(error, (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)):
+        if (why := refusal(str(error), f"the store at {endpoint}", "SSL_CERT_FILE")) is not None:
+            return Retry(str(why), dependency="store")  # It may be renewed, here or there.
         # What a proxy answers in place of the store is a page.
         return Retry(f"{away}: {str(error).partition(', Body:')[0]}", dependency="store")
     if isinstance(error, OSError):

@@ -1,6 +1,7 @@
 """TLS for the bus and the APIs: an authority of one's own, client certificates, and what a refusal means.
 
-Files are read again at every new connection (the bus) or handshake (an API): a renewed certificate needs no restart.
+Files are read again when a broker is lost and whenever they have changed while it is away, at every handshake of an API, and
+before a call of one: neither a renewed certificate nor another authority needs a restart.
 """
 
 from __future__ import annotations
@@ -63,19 +64,19 @@ class Tls:
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         except (OSError, ssl.SSLError) as error:
             raise Fatal(f"cannot read the authorities in {self.ca}: {error}; see CONNITO_TLS_CA") from error
-        self.renew(context)
-        return context
-
-    def renew(self, context: ssl.SSLContext) -> None:
-        """Read our own certificate again, for the next handshake. Raises `Fatal` when it cannot be read."""
         if self.certificate is None or self.key is None:
-            return
+            return context
         try:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise Fatal(
                 f"cannot read {self.certificate} with {self.key}: {error}; see CONNITO_TLS_CERT and CONNITO_TLS_KEY"
             ) from error
+        return context
+
+    def files(self) -> tuple[bytes | None, ...]:
+        """Return what the files hold now, for who has used them to see whether they have changed. Raises `Fatal`."""
+        return tuple(map(_read, (self.ca, self.certificate, self.key)))
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Return the server credentials of an API. Raises `Fatal` without a certificate, or for mTLS without an authority."""
@@ -102,7 +103,8 @@ class Tls:
         """Return the client credentials of an API. Raises `Fatal` naming the file that cannot be read."""
         import grpc
 
-        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+        ca, certificate, key = self.files()
+        return grpc.ssl_channel_credentials(ca, key, certificate)
 
     def diagnose(self, address: str, timeout_s: float = 3.0) -> Invalid | None:
         """Make a handshake with an API at `host:port` to learn why calls fail: gRPC itself only says that it is unavailable.
@@ -134,8 +136,9 @@ def _read(path: Path | None) -> bytes | None:
         raise Fatal(f"cannot read {path}: {error.strerror}; see CONNITO_TLS_CA, _CERT and _KEY") from error
 
 
-def refusal(error: BaseException | str, who: str) -> Invalid | None:
-    """Return the refusal behind a failed handshake with `who`; None when the failure is not about certificates."""
+def refusal(error: BaseException | str, who: str, trust: str = "CONNITO_TLS_CA") -> Invalid | None:
+    """Return the refusal behind a failed handshake with `who`; None when the failure is not about certificates. `trust`: the
+    variable that names the authorities."""
     text = str(error).lower()
     code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else 0
     if code in _OUT_OF_TIME or "has expired" in text or "not yet valid" in text or "certificate expired" in text:
@@ -148,7 +151,7 @@ def refusal(error: BaseException | str, who: str) -> Invalid | None:
         return required(who)
     if code or "certificate_verify_failed" in text or "certificate verify failed" in text:
         return Invalid(
-            f"the certificate of {who} is not to be trusted here ({_short(text)}); set CONNITO_TLS_CA to the authority "
+            f"the certificate of {who} is not to be trusted here ({_short(text)}); set {trust} to the authority "
             "that signed it, and use the name that it was made for",
             reason=reasons.REASON_CERTIFICATE_UNTRUSTED,
         )

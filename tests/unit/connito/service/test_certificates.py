@@ -82,3 +82,8 @@ async def test_an_endpoint_that_is_away_keeps_the_last_value() -> None:
     gauge.set(42)
     await certificates.look([("https", "127.0.0.1", 1)])
     assert gauge._value.get() == 42
+
+
+async def test_files_that_are_being_replaced_end_no_watch(server_context: ssl.SSLContext, tmp_path: Path) -> None:
+    """The watch ended in silence, and the alert kept the last date it had."""
+    await certificates.look([("tls", "localhost", 1)], Tls(ca=tmp_path / "away.pem"))
