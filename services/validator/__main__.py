@@ -18,6 +18,7 @@ from connito.workloads.scoring import SubmissionEvaluator
 
 from .actions import Validator
 from .handlers import STREAMS, decide
+from .memory import Memory
 from .settings import ValidatorSettings
 
 
@@ -38,6 +39,9 @@ async def main(
         settings,
         lambda run: log.runs[run],
         trees,
+        Memory(
+            settings.state_dir and settings.state_dir / f"signed-{context.identity.public[:16]}", context.bus.host.disk
+        ),
         load,
     )
 

@@ -40,6 +40,7 @@ from connito.workloads.fetching import fetch_base, fetch_holdouts, fetch_state, 
 from connito.workloads.scoring import SubmissionEvaluator, SubmissionFiles
 
 from .handlers import CommitSeed, Cosign, Doubt, Join, Object, Preload, RevealSeed, Score, Unload
+from .memory import Memory
 from .settings import ValidatorSettings
 
 log = logs.get_logger("validator")
@@ -61,10 +62,11 @@ class Validator:
         settings: ValidatorSettings,
         facts: Callable[[str], RunFacts],
         trees: LogTrees,
+        memory: Memory,
         load: Callable[..., SubmissionEvaluator] = SubmissionEvaluator.load,
     ) -> None:
         self._bus, self._store, self._compute, self._settings, self._facts = bus, store, compute, settings, facts
-        self._trees, self._load_model = trees, load
+        self._trees, self._memory, self._load_model = trees, memory, load
         self._evaluators: dict[str, SubmissionEvaluator] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         self._texts: dict[str, Text] = {}
@@ -107,9 +109,7 @@ class Validator:
                     after=5.0,
                 )
             case RevealSeed(cycle):
-                secret = self.secret(self._facts(run), cycle)
-                revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=secret)
-                await self._bus.publish_fact(run, "validate", cycle, "seed", revealed, self.me)
+                await self._reveal(run, cycle)
             case Object(cycle, finding):
                 await self._object(run, cycle, finding)
             case Cosign(number):
@@ -127,17 +127,27 @@ class Validator:
         del message.finding.miners[MAX_NAMED:]
         await self._bus.publish_fact(run, "validate", cycle, "objection", message, self.me)
 
+    async def _reveal(self, run: str, cycle: int) -> None:
+        """Tell a secret, once: in another history of the cycle it would be known beforehand."""
+        facts = self._facts(run)
+        try:
+            self._memory.reveal(facts, cycle)
+        except Invalid as error:
+            await self._object(run, cycle, _other_history(cycle, error))
+            return
+        revealed = cycle_pb2.SeedRevealed(run=run, cycle=cycle, validator=self.me, secret=self.secret(facts, cycle))
+        await self._bus.publish_fact(run, "validate", cycle, "seed", revealed, self.me)
+
     async def _cosign(self, run: str, number: int) -> None:
-        """Sign a head too, if it is of the log as it was read here; object to the cycle otherwise. Raises `Retry` before
-        all of it was read.
+        """Sign a head too, if it is of the log as it was read here, now and before; object to the cycle otherwise. Raises `Retry`
+        before all of it was read.
         """
         facts = self._facts(run)
         try:
             checkpoint = self._trees.checkpoint(facts, number)
+            self._memory.cosign(facts, checkpoint)
         except Invalid as error:
-            kind = cycle_pb2.FINDING_KIND_RULE_HISTORY
-            words = cut(str(error), WORDS_BYTES)
-            await self._object(run, max(1, facts.cycle), cycle_pb2.Finding(kind=kind, count=number, text=words))
+            await self._object(run, max(1, facts.cycle), _other_history(number, error))
             return
         line = cosignature(checkpoint, self._bus.identity, self._bus.host.now_ms() // 1000)
         message = run_pb2.HeadCosigned(run=run, cycle=number, validator=self.me, signature=line)
@@ -268,6 +278,11 @@ class Validator:
         report.scores.extend(scores[place] for place in range(len(submissions)))
         report.seconds = self._bus.host.monotonic() - begun
         return report
+
+
+def _other_history(number: int, error: Invalid) -> cycle_pb2.Finding:
+    kind = cycle_pb2.FINDING_KIND_RULE_HISTORY
+    return cycle_pb2.Finding(kind=kind, count=number, text=cut(str(error), WORDS_BYTES))
 
 
 def in_turn(submissions: Sequence[cycle_pb2.Submission], me: str) -> list[int]:

@@ -119,7 +119,8 @@ def _heads(facts: RunFacts, me: str) -> list[Step]:
 
 def _cycle(facts: RunFacts, me: str, secret: Secret, stake: rules.Stake) -> list[Step]:
     cycle = facts.cycle
-    if me in facts.objections(cycle) or not rules.readable(facts, cycle):
+    # Who could not check the head, because what it stands for is not shown, does not act as if it held.
+    if me in facts.objections(cycle) or not rules.readable(facts, cycle) or me not in facts.cosigned(cycle):
         return []
     # Looked at where it decides something: before, everything that miners do would be gone through anew for each of them.
     judging = facts.window("validate", cycle).opened is not None

@@ -16,18 +16,21 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import pytest
 from connito.bus import Bus
 from connito.platform.servers import NatsServer
+from connito.v1 import cycle_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
 from tests.integration.conftest import declare_streams
 from tests.integration.tiny_run import Teller, telling
+from tests.integration.witness import ServiceProcess
 from tests.support.run import Run, ordered
 from tests.support.waiting import until_logged
 
@@ -47,9 +50,11 @@ class Operator:
 
     @asynccontextmanager
     async def speaking(self) -> AsyncIterator[Teller]:
+        connect = partial(Bus.connect, self.server.url, name="test", roster=self.roster)
         async with (
-            await Bus.connect(self.server.url, self.identities["coordinator"], "test", self.roster) as bus,
-            telling(RUN, {"coordinator": bus}, self.roster) as teller,
+            await connect(identity=self.identities["coordinator"]) as coordinator,
+            await connect(identity=self.identities["committer"]) as committer,
+            telling(RUN, {"coordinator": coordinator, "committer": committer}, self.roster) as teller,
         ):
             yield teller
 
@@ -247,3 +252,81 @@ async def test_a_folder_of_another_platform_accuses_nobody(operator: Operator, t
     )
     code, said = one.look()
     assert (code, "of another platform" in said) == (3, True), said
+
+
+class Judge:
+    """A validator's process, whose disk outlives it."""
+
+    def __init__(self, operator: Operator, home: Path) -> None:
+        key = operator.identities["validator"]
+        env = {"CONNITO_NATS_URL": operator.server.url, "CONNITO_STATE_DIR": str(home / "state")}
+        # No file is asked for.
+        env |= {"CONNITO_S3_ACCESS_KEY": "none", "CONNITO_S3_SECRET_KEY": "none"}
+        self.me, self.process = key.public, ServiceProcess("validator", home, key, operator.roster, env)
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self.process.start)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.process.kill()
+        print(self.process.log.read_text()[-4000:])
+
+
+async def test_a_validator_that_was_started_again_cosigns_no_other_history(operator: Operator, tmp_path: Path) -> None:
+    """What it had read is thrown away, since another log answers; what it had signed is not."""
+    judge = Judge(operator, tmp_path / "judge")
+    await operator.begin()
+    async with judge, operator.speaking() as teller:
+        await teller.until(lambda facts: judge.me in facts.cosigned(1), "the first cosignature")
+    operator.keep("fork")
+    await operator.go_on(2, 3, to="A")
+    async with judge, operator.speaking() as teller:
+        await teller.until(lambda facts: judge.me in facts.cosigned(3), "the third cosignature")
+    operator.show("fork")
+    await operator.go_on(2, 3, to="B")
+    async with judge, operator.speaking() as teller:
+        facts = await teller.until(lambda facts: judge.me in facts.objections(3), "the objection")
+        assert "cosigned a head over" in facts.objections(3)[judge.me].message.finding.text
+        assert judge.me not in facts.cosigned(3)
+
+
+async def test_a_validator_reveals_its_secret_in_one_history_alone(operator: Operator, tmp_path: Path) -> None:
+    """The head before the cycle is the same in both, and so is the secret: known from the first, it would be no draw."""
+    judge = Judge(operator, tmp_path / "judge")
+    await operator.begin()
+    async with judge, operator.speaking() as teller:
+        await teller.until(lambda facts: judge.me in facts.seed_commitments(1), "the commitment")
+        await teller.close("train", 1)
+    operator.keep("fork")
+    for history in "AB":
+        async with judge, operator.speaking() as teller:
+            await teller.until(lambda facts: facts.window("train", 1).closed, "the log")
+            for window in ("commit", "submit"):
+                await teller.open(window, 1, [], ArtifactRef())
+                await teller.close(window, 1)
+                made = [cycle_pb2.Submission(miner=f"of {history}")] if window == "submit" else []
+                await teller.say(
+                    window, 1, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=1, submissions=made), role="committer"
+                )
+            await teller.open("validate", 1, [judge.me], ArtifactRef())
+            acted = lambda facts: judge.me in {**facts.seed_reveals(1), **facts.objections(1)}  # noqa: E731
+            facts = await teller.until(acted, "what it does")
+            assert (judge.me in facts.seed_reveals(1)) == (history == "A")
+        operator.show("fork")
+
+
+async def test_a_validator_takes_no_part_while_a_head_stands_for_what_is_not_shown(
+    operator: Operator, tmp_path: Path
+) -> None:
+    judge = Judge(operator, tmp_path / "judge")
+    async with judge, operator.speaking() as teller:
+        await teller.say("run", 0, "created", ordered(Run(name=RUN).spec(), CUSTOMER))
+        await teller.until(lambda facts: judge.me in facts.validators, "the validator")
+        head = await teller._head(1)
+        head.cuts.add(stream="LIBRARY", last_sequence=1)
+        await teller.say("run", 1, "head", head)
+        opened = cycle_pb2.WindowOpened(run=RUN, cycle=1, window=cycle_pb2.WINDOW_TRAIN, expected=[judge.me])
+        await teller.say("train", 1, "opened", opened)
+        await until_logged(judge.process.log, "LIBRARY was read up to 0 of 1")
+        assert judge.me not in teller.facts.seed_commitments(1)

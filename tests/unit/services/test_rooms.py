@@ -20,6 +20,7 @@ PERFORMING = {
     "coordinator": {"admission", "reading"},
     "committer": {"content", "downloads"},
     "library": {"joining"},
+    "validator": {"memory"},
     "trainer": {"adversary", "base", "evaluation", "feedback", "own", "strategy", "training"},
     # A web page: it decides nothing and writes nothing.
     "console": {

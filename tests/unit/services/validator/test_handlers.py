@@ -69,6 +69,12 @@ def test_commits_a_seed_in_the_train_window_only() -> None:
     assert steps(in_run().opened("train").closed("train")) == []
 
 
+def test_takes_no_part_in_a_cycle_whose_head_it_could_not_check() -> None:
+    story = trained().scored().headed(2).opened("train", 2)
+    assert [type(step).__name__ for step in steps(story)] == ["Cosign"]
+    assert steps(story.say("run", 2, "cosigned", validator=ME)) == [CommitSeed(2)]
+
+
 def test_takes_no_part_while_the_log_counts_another_stake_than_its_roster() -> None:
     """It said once that it agrees: what the roster says later concerns later runs, and who joined since."""
     story = Run().created().validators(ME, OTHER, stakes={OTHER: 9.0}).selected().headed()
@@ -193,7 +199,8 @@ def test_in_whatever_order_streams_are_read_nothing_is_said_too_early(streams: l
 
 
 def test_keys_are_unique_per_run_cycle_and_step() -> None:
-    stories = [in_run().opened("train"), scoring(), trained().scored().opened("train", 2)]
+    second = trained().scored().headed(2).say("run", 2, "cosigned", validator=ME).opened("train", 2)
+    stories = [in_run().opened("train"), scoring(), second]
     keys = [[action.key for action in decide(s.facts, ME, my_secret, (), even).actions] for s in stories]
     flat = list(itertools.chain(*keys))
     assert {"r1/0/preload", "r1/1/commitseed", "r1/1/score", "r1/2/commitseed"} <= set(flat)
