@@ -25,9 +25,11 @@ from typing import Any
 import psutil
 from connito.bus import Bus, streams
 from connito.platform.servers import NatsServer
-from connito.v1 import run_pb2
+from connito.v1 import run_pb2, services_pb2
+from connito.wire.envelope import seal
 from connito.wire.identity import Identity
 from connito.wire.roster import ROLES, Roster
+from connito.wire.verification import ENROL_SUBJECT
 
 from bench.harness import Options, Result, main, note
 
@@ -88,6 +90,7 @@ def console(folder: Path, url: str, identity: Identity, roster: Roster) -> Itera
 async def feed(bus: Bus, seconds: int) -> tuple[dict[str, float], int, float]:
     """Publish for `seconds`; when each run's first fact was acknowledged, how many facts there were, how long it took."""
     published: dict[str, float] = {}
+    miners = [Identity.generate() for _ in range(EVENTS_A_MINUTE // 60)]
     count, began = 0, time.monotonic()
     async with asyncio.TaskGroup() as group:
         for second in range(seconds):
@@ -95,10 +98,11 @@ async def feed(bus: Bus, seconds: int) -> tuple[dict[str, float], int, float]:
             spec = run_pb2.RunSpec(run=run, domain="medical", cycles=1, base=run_pb2.BaseRef(name="tiny"))
             await bus.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
             published[run] = time.monotonic()
-            for number in range(EVENTS_A_MINUTE // 60):
-                enrolled = run_pb2.MinerEnrolled(run=run, miner=f"U{number}")
-                group.create_task(bus.publish_fact(run, "run", 0, "miner", enrolled, f"U{number}"))
-            count += 1 + EVENTS_A_MINUTE // 60
+            for miner in miners:
+                order = seal(miner, ENROL_SUBJECT, services_pb2.EnrolMinerCommand(run=run))
+                enrolled = run_pb2.MinerEnrolled(run=run, miner=miner.public, order=order)
+                group.create_task(bus.publish_fact(run, "run", 0, "miner", enrolled, miner.public))
+            count += 1 + len(miners)
             await asyncio.sleep(max(0.0, began + second + 1 - time.monotonic()))
     return published, count, time.monotonic() - began
 

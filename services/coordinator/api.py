@@ -21,11 +21,13 @@ from connito.service.rpc import check_fresh, open_request
 from connito.v1 import reasons_pb2, run_pb2, services_pb2, services_pb2_grpc
 from connito.v1.envelope_pb2 import Envelope
 from connito.views.status import status, version
+from connito.wire.bounds import check_bounds
 from connito.wire.enums import plain_name
 from connito.wire.facts import RunFacts
 from connito.wire.identity import is_public_key
 from connito.wire.roster import OPERATOR, Roster
 from connito.wire.subjects import INSTALLATION
+from connito.wire.verification import ENROL_SUBJECT
 
 from . import enrolment
 from .admission import Admission
@@ -143,7 +145,8 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         """Let the signer take part; again is fine. Raises `NotFound`, and `Invalid` for a run that has ended or is
         under newer rules.
         """
-        command, miner = open_request(request.envelope, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand)
+        check_bounds(request)
+        command, miner = open_request(request.envelope, ENROL_SUBJECT, services_pb2.EnrolMinerCommand)
         # Before anything is kept about a key: fresh ones cost nothing.
         enrolment.check_pass(request.admission, miner, self._roster)
         self._limit.take(miner)
@@ -157,7 +160,7 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         if not facts.is_enrolled(miner):
             if facts.ended is not None:
                 raise _over(facts, facts.ended)
-            await self._enrol(facts, command, miner)
+            await self._enrol(facts, command, miner, request.envelope)
             facts = await self._wait(command.run, lambda facts: facts.is_enrolled(miner))
         if facts.ended is not None:
             raise _over(facts, facts.ended)
@@ -176,12 +179,13 @@ class RunApi(services_pb2_grpc.RunServiceServicer):
         where = self._log.runs[invite.run or INSTALLATION]
         return self._admission.admit(miner, enrolment.used_at_ms(invite, where, miner))
 
-    async def _enrol(self, facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str) -> None:
-        enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label)
+    async def _enrol(
+        self, facts: RunFacts, command: services_pb2.EnrolMinerCommand, miner: str, order: Envelope
+    ) -> None:
+        enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label, order=order)
         invite = enrolment.invite_for(facts, command, miner, self._roster, self._clock())
         if invite is not None:
             await self._use(invite, miner)
-            enrolled.invite.CopyFrom(command.invite)
         await self._bus.publish_fact(command.run, "run", 0, "miner", enrolled, miner)
 
     async def _use(self, invite: run_pb2.Invite, miner: str) -> None:

@@ -1,4 +1,4 @@
-"""What this validator has signed: a log that it is shown later has to go on from there.
+"""Memory of what this validator has signed: a log that it is shown later has to go on from there.
 
 What was read of the log is thrown away where another log answers. What was said must not be: a head that was cosigned, and a
 secret that was revealed once and is known since.

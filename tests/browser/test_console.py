@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from connito.v1 import run_pb2
+from connito.wire.identity import Identity
 
 from tests.browser.chromium import Chromium, Page
 from tests.browser.conftest import Bench, Site, serving, until_read
+from tests.support.run import enrolment
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -255,6 +257,7 @@ async def test_it_says_that_the_broker_or_the_console_is_gone(browser: Chromium,
 async def test_it_stays_live_under_ten_thousand_events_a_minute(browser: Chromium, bench: Bench) -> None:
     """For ten seconds; a run is created each second, and what counts is when an open page shows it."""
     delays: list[float] = []
+    miners = [Identity.generate() for _ in range(EVENTS_A_MINUTE // 60)]
     with browser.page(bench.address) as page:
         async with asyncio.TaskGroup() as group:
             began, each = time.monotonic(), 10
@@ -262,10 +265,9 @@ async def test_it_stays_live_under_ten_thousand_events_a_minute(browser: Chromiu
                 run = f"run-{second}"
                 assert await bench.bus.publish_fact(run, "run", 0, "created", created(run))
                 published = time.monotonic()
-                for number in range(EVENTS_A_MINUTE // 60):
-                    miner = f"UMINER{number}"
-                    enrolled = run_pb2.MinerEnrolled(run=run, miner=miner)
-                    group.create_task(bench.bus.publish_fact(run, "run", 0, "miner", enrolled, miner))
+                for miner in miners:
+                    enrolled = enrolment(run, miner)
+                    group.create_task(bench.bus.publish_fact(run, "run", 0, "miner", enrolled, miner.public))
                 await asyncio.to_thread(page.until, f"document.body.innerText.includes('{run}')", run)
                 delays.append(time.monotonic() - published)
                 await asyncio.sleep(max(0.0, began + second + 1 - time.monotonic()))

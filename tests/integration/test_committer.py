@@ -34,6 +34,7 @@ from connito.wire.tls import PLAIN
 from safetensors.numpy import save
 
 from tests.integration.witness import ServiceProcess, Witness, guard
+from tests.support.run import enrolment
 
 pytestmark = pytest.mark.integration
 
@@ -112,14 +113,14 @@ class Stage:
 
     async def begin(self, *miners: Miner) -> None:
         scoring = run_pb2.ScorePolicy(max_relative_norm=0.5)
-        enrolment = run_pb2.EnrolmentPolicy(messages_per_cycle=int(number("enrolment.messages_per_cycle").default))
+        policy = run_pb2.EnrolmentPolicy(messages_per_cycle=int(number("enrolment.messages_per_cycle").default))
         spec = run_pb2.RunSpec(
-            run=self.run, cycles=3, scoring=scoring, enrolment=enrolment, protocol_version=PROTOCOL_VERSION
+            run=self.run, cycles=3, scoring=scoring, enrolment=policy, protocol_version=PROTOCOL_VERSION
         )
         created = run_pb2.RunCreated(spec=spec)
         await self.coordinator.publish_fact(self.run, "run", 0, "created", created)
         for miner in miners:
-            enrolled = run_pb2.MinerEnrolled(run=self.run, miner=miner.key)
+            enrolled = enrolment(self.run, miner.identity)
             await self.coordinator.publish_fact(self.run, "run", 0, "miner", enrolled, miner.key)
         selected = run_pb2.SelectionMade(run=self.run, initial_state=self.theta)
         await self.selector.publish_fact(self.run, "run", 0, "selected", selected)
@@ -469,9 +470,8 @@ async def test_a_run_opens_nothing_of_another_customers(
             run=run, cycles=1, customer=customer.public, base=base, protocol_version=PROTOCOL_VERSION, **fields
         )
         await stage.coordinator.publish_fact(run, "run", 0, "created", run_pb2.RunCreated(spec=spec))
-        for key in (miner.key,) if customer is mallory else (rival.key,):
-            enrolled = run_pb2.MinerEnrolled(run=run, miner=key)
-            await stage.coordinator.publish_fact(run, "run", 0, "miner", enrolled, key)
+        who = miner if customer is mallory else rival
+        await stage.coordinator.publish_fact(run, "run", 0, "miner", enrolment(run, who.identity), who.key)
 
     text = run_pb2.CorpusRef(domain="d", artifact=train)
     await create("clinic", clinic, visibility="private", train=text)

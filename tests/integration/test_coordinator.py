@@ -35,6 +35,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.coordinator.actions import STREAMS, Coordinator
 from tests.integration.witness import ServiceProcess, Witness, guard
+from tests.support.run import enrolment
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.integration
@@ -390,8 +391,7 @@ async def test_what_was_decided_on_half_the_facts_is_decided_again_on_all_of_the
             "closed": cycle_pb2.WindowClosed(run=run_id, cycle=1, window=cycle_pb2.WINDOW_TRAIN, stream="INGRESS"),
         }
         await bus.publish_fact(run_id, "run", 0, "created", created)
-        enrolled = run_pb2.MinerEnrolled(run=run_id, miner=miner)
-        await bus.publish_fact(run_id, "run", 0, "miner", enrolled, miner)
+        await bus.publish_fact(run_id, "run", 0, "miner", enrolment(run_id, stage.miner), miner)
         selected = run_pb2.SelectionMade(run=run_id, initial_state=THETA)
         await stage.buses["selector"].publish_fact(run_id, "run", 0, "selected", selected)
         trained = cycle_pb2.TrainingFinished(run=run_id, cycle=1)

@@ -49,7 +49,7 @@ class Apis(services_pb2_grpc.RunServiceServicer, services_pb2_grpc.SubmissionSer
 
     async def EnrolMiner(self, request: services_pb2.EnrolMinerRequest, context: Any) -> Any:  # noqa: N802
         command, miner = rpc.open_request(request.envelope, "rpc.EnrolMiner", services_pb2.EnrolMinerCommand)
-        enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label)
+        enrolled = run_pb2.MinerEnrolled(run=command.run, miner=miner, label=command.label, order=request.envelope)
         await self.teller.say("run", 0, "miner", enrolled, miner)
         return services_pb2.EnrolMinerResponse()
 

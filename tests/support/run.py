@@ -19,14 +19,14 @@ from connito.protocol import bans
 from connito.protocol.asked import ORDER_SUBJECT
 from connito.protocol.beacon import draw_seed, secret_digest
 from connito.protocol.findings import PROTOCOL_VERSION
-from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import artifacts_pb2, cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import REALM_PUBLIC, ArtifactRef
 from connito.wire.envelope import seal
 from connito.wire.fact import Fact
 from connito.wire.facts import RunFacts
 from connito.wire.identity import Identity
 from connito.wire.subjects import FactKey, fact, ingress
-from connito.wire.verification import CATALOGUE, INGRESS
+from connito.wire.verification import CATALOGUE, ENROL_SUBJECT, INGRESS
 from google.protobuf.message import Message
 
 RUN = "r1"
@@ -58,6 +58,13 @@ def ordered(spec: run_pb2.RunSpec, customer: Identity) -> run_pb2.RunCreated:
     asked.CopyFrom(spec)
     asked.customer = customer.public
     return run_pb2.RunCreated(spec=asked, order=seal(customer, ORDER_SUBJECT, asked, now_ms=1, nonce=b"o" * 16))
+
+
+def enrolment(run: str, miner: Identity, label: str = "", **asked: Any) -> run_pb2.MinerEnrolled:
+    """What the coordinator writes of a miner that asked for it; the same bytes each time."""
+    command = services_pb2.EnrolMinerCommand(run=run, label=label, **asked)
+    order = seal(miner, ENROL_SUBJECT, command, now_ms=1, nonce=b"e" * 16)
+    return run_pb2.MinerEnrolled(run=run, miner=miner.public, label=label, order=order)
 
 
 def even(validator: str) -> float:

@@ -12,6 +12,7 @@ from connito.protocol.asked import check_asked
 from connito.v1 import run_pb2
 from connito.wire import invites
 from connito.wire.fact import Fact
+from connito.wire.verification import enrol_command
 
 # An invite may expire while its use is being written down.
 TOLERANCE_MS = 10_000
@@ -60,12 +61,10 @@ def _enrolments(evidence: Evidence, enrolled: Mapping[str, Fact[run_pb2.MinerEnr
             what = f"should not have been enrolled: the run is for {most} miners"
             yield Difference("admission", evidence.subject("run", 0, "miner", miner), what, miner=miner)
     for miner, fact in enrolled.items():
-        message = fact.message
         try:
             if invites.needs_invite(spec.enrolment, miner):
-                invite = invites.verify(
-                    message.invite, evidence.run, spec.customer, evidence.roster, fact.time_unix_ms - TOLERANCE_MS
-                )
+                asked, at = enrol_command(fact.message), fact.time_unix_ms - TOLERANCE_MS
+                invite = invites.verify(asked.invite, evidence.run, spec.customer, evidence.roster, at)
                 used.setdefault(invite.id, set()).add(miner)
                 if len(used[invite.id]) > invite.uses:
                     raise Invalid(f"invite {invite.id} is for {invite.uses}, and this is one more")

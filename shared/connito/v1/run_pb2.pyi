@@ -822,13 +822,13 @@ class MinerEnrolled(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     MINER_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
-    INVITE_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     miner: _builtins.str
     label: _builtins.str
     @_builtins.property
-    def invite(self) -> _envelope_pb2.Envelope:
-        """The invite that the miner came with, where the policy asks for one: a signed `Invite`, subject `token.Invite`."""
+    def order(self) -> _envelope_pb2.Envelope:
+        """The `EnrolMinerCommand` that the miner signed, subject `rpc.EnrolMiner`, as it came: nobody is enrolled who did not ask."""
 
     def __init__(
         self,
@@ -836,11 +836,11 @@ class MinerEnrolled(_message.Message):
         run: _builtins.str = ...,
         miner: _builtins.str = ...,
         label: _builtins.str = ...,
-        invite: _envelope_pb2.Envelope | None = ...,
+        order: _envelope_pb2.Envelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite", "label", b"label", "miner", b"miner", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "miner", b"miner", "order", b"order", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -412,7 +412,7 @@ class EnrolMinerRequest(_message.Message):
     """The pass that admits the key to the bus, where the roster says who signs them: whom nobody admitted enrols nowhere."""
     @_builtins.property
     def envelope(self) -> _envelope_pb2.Envelope:
-        """EnrolMinerCommand, signed by the miner, subject `rpc.EnrolMiner`."""
+        """EnrolMinerCommand, signed by the miner, subject `rpc.EnrolMiner`. It becomes a part of a fact."""
 
     def __init__(
         self,

@@ -7,9 +7,9 @@ import hashlib
 from google.protobuf.message import Message
 
 from connito.errors import Invalid
-from connito.v1 import cycle_pb2, reasons_pb2, run_pb2
+from connito.v1 import cycle_pb2, reasons_pb2, run_pb2, services_pb2
 from connito.wire.bounds import check_bounds
-from connito.wire.envelope import MAX_ENVELOPE_BYTES, MAX_WHOLE_BYTES, Opened, open_bytes
+from connito.wire.envelope import MAX_ENVELOPE_BYTES, MAX_WHOLE_BYTES, Opened, check, open_bytes
 from connito.wire.fact import Fact, Record
 from connito.wire.identity import short_key
 from connito.wire.roster import OPERATOR, Roster
@@ -20,6 +20,8 @@ ANY = "worker"
 # Roles of which each key speaks for itself alone.
 OWN = ("validator", ANY)
 WORKERS = ("coordinator", "committer", "aggregator", "validator", "library")
+
+ENROL_SUBJECT = "rpc.EnrolMiner"
 
 # (section, kind) -> payload type, role that may sign it, field that must equal the subject's id ("" for no id).
 CATALOGUE: dict[tuple[str, str], tuple[type[Message], str, str]] = {
@@ -131,6 +133,8 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
             f"{short_key(opened.signer)} speaks for another service than its own",
             reason=reasons_pb2.REASON_NOT_PERMITTED,
         )
+    if isinstance(message, run_pb2.MinerEnrolled):
+        enrol_command(message)
     claimed_run = message.spec.run if isinstance(message, run_pb2.RunCreated) else getattr(message, "run", "")
     if claimed_run != run or getattr(message, "cycle", key.cycle) != key.cycle:
         raise Invalid(f"the payload names another run or cycle than its subject {record.subject}")
@@ -138,6 +142,17 @@ def verify_fact(record: Record, roster: Roster) -> Fact:
         raise Invalid(f"the payload names another id than its subject {record.subject}")
     digest = hashlib.sha256(record.data).digest()
     return Fact(run, key, message, opened.signer, record.stream, record.sequence, record.time_unix_ms, digest)
+
+
+def enrol_command(enrolled: run_pb2.MinerEnrolled) -> services_pb2.EnrolMinerCommand:
+    """Return what a miner asked with. Raises `Invalid` unless it is for this run, and the miner's own."""
+    opened = check(enrolled.order, ENROL_SUBJECT)
+    asked = opened.read(services_pb2.EnrolMinerCommand)
+    if (opened.signer, asked.run, asked.label) != (enrolled.miner, enrolled.run, enrolled.label):
+        raise Invalid(
+            f"{short_key(enrolled.miner)} did not ask to take part like this", reason=reasons_pb2.REASON_NOT_PERMITTED
+        )
+    return asked
 
 
 def verify_ingress(record: Record) -> Fact:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from connito.audit.admission import admission
 from connito.audit.audit import Audit, Options, audit
+from connito.audit.evidence import signatures
 from connito.errors import Invalid
 from connito.protocol.asked import ORDER_SUBJECT, check_asked
 from connito.protocol.policy.law import fill
@@ -20,7 +22,7 @@ from connito.wire.envelope import seal
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
 
-from tests.support.run import ordered
+from tests.support.run import enrolment, ordered
 from tests.unit.connito.audit.world import MINERS, RUN, Cycle, World, identity, tell
 
 QUICK = Options(model=False, tolerance=0.0)
@@ -98,6 +100,10 @@ def test_a_ban_that_nobody_ordered_is_found(tmp_path: Path) -> None:
     assert "neither an operator nor the run's customer" in found[0].what
 
 
+def becomes(told: r.MinerEnrolled, message: r.MinerEnrolled) -> None:
+    message.CopyFrom(told)
+
+
 @pytest.mark.parametrize(
     ("issuer", "run", "uses", "expires", "fault"),
     [
@@ -121,7 +127,8 @@ def test_invites_are_checked_again(tmp_path: Path, issuer: str, run: str, uses: 
     world = tell(tmp_path)
     world.resign("run.0.created", by_invitation, r.RunCreated)
     for name in MINERS:
-        world.resign(f"run.0.miner.{{{name}}}", lambda m: m.invite.CopyFrom(invite), r.MinerEnrolled)
+        asked = enrolment(RUN, identity(f"miner {name}"), f"miner-{name}", invite=invite)
+        world.resign(f"run.0.miner.{{{name}}}", partial(becomes, asked), r.MinerEnrolled)
     found = admission(world.evidence()).differences
     assert bool(found) == bool(fault)
     assert all(fault in difference.what for difference in found)
@@ -193,3 +200,33 @@ def tell_roster() -> Roster:
     from tests.unit.connito.audit.world import ROSTER
 
     return ROSTER
+
+
+STRANGER = identity("who never asked")
+
+
+def of_another_run() -> r.MinerEnrolled:
+    told = enrolment("another", STRANGER)
+    told.run = RUN
+    return told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        r.MinerEnrolled(run=RUN, miner=STRANGER.public),
+        of_another_run(),
+        r.MinerEnrolled(run=RUN, miner=STRANGER.public, label="thief", order=enrolment(RUN, STRANGER, "mine").order),
+        r.MinerEnrolled(run=RUN, miner=STRANGER.public, order=enrolment(RUN, identity("miner A")).order),
+        r.MinerEnrolled(run=RUN, miner=STRANGER.public, order=ordered(r.RunSpec(run=RUN), STRANGER).order),
+    ],
+    ids=["no order", "of another run", "another label", "another's", "another order"],
+)
+def test_nobody_is_enrolled_who_did_not_ask(tmp_path: Path, told: r.MinerEnrolled) -> None:
+    """By whatever the operator signs: it takes no place, is named as doing nothing in no cycle, and the operator is to blame."""
+    world = tell(tmp_path)
+    world.publish("run", 0, "miner", told, STRANGER.public, signer="coordinator")
+    evidence = world.evidence()
+    assert STRANGER.public not in evidence.facts.miners
+    (found,) = [one for one in signatures(evidence).differences if "head" not in one.where]
+    assert (found.by, STRANGER.public[:6] in found.where) == ("operator", True)

@@ -44,7 +44,7 @@ from connito.wire.roster import ROLES, Roster
 from connito.wire.subjects import FactKey, ingress
 from google.protobuf.message import Message
 
-from tests.support.run import Run, ordered
+from tests.support.run import Run, enrolment, ordered
 
 RUN = "run-1"
 TARGET, GENERAL = "recipes", "logs"
@@ -103,6 +103,12 @@ class World(Run):
         """As the customer asked for it."""
         message = ordered(spec or self.spec(**fields), identity("customer"))
         self.publish("run", 0, "created", message, signer="coordinator")
+        return self
+
+    def miners(self, *miners: str, label: str = "") -> Self:
+        """As each of them asked for it."""
+        for who in (one for key in miners for one in _everybody() if one.public == key):
+            self.publish("run", 0, "miner", enrolment(RUN, who, label), who.public, signer="coordinator")
         return self
 
     def head(self) -> None:
