@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connito.cli.output import DataDirOption, DeviceOption, JsonFlag, emit, progress, table
-from connito.render.formats import count, duration, moment, percent, size
+from connito.render.formats import count, moment
 from connito.wire.enums import plain_name
 
 if TYPE_CHECKING:
-    from connito.jobs.findings import Finding
-    from connito.jobs.quote import Quote
     from connito.v1.services_pb2 import RunStatus
 
 app = typer.Typer(no_args_is_help=True, help="Submit, list, show, watch and cancel adaptation jobs.")
@@ -34,6 +32,7 @@ def submit(
 ) -> None:
     """Submit a job. Missing fields take their defaults; invalid ones are refused by name."""
     from connito.client import Client
+    from connito.jobs.findings import listed
     from connito.jobs.submit import prepare
 
     with progress(quiet=as_json) as tell:
@@ -41,7 +40,7 @@ def submit(
         with Client.local(data_dir) as client:
             done = client.job.submit(job, progress=tell)
     if done.warnings and not as_json:
-        typer.echo(_findings_text(done.warnings), err=True)
+        typer.echo(listed(done.warnings), err=True)
     emit(as_json, done.to_json(), lambda: f"run {done.run} is created; follow it with `connito job watch {done.run}`")
 
 
@@ -111,7 +110,7 @@ def check(file: File, profile: Profile = "", data_dir: DataDirOption = None, as_
 
     with progress(quiet=as_json) as tell:
         checked = check_file(file, data_dir, tell, profile=profile)
-    emit(as_json, checked.to_json(), lambda: _findings_text(checked.findings))
+    emit(as_json, checked.to_json(), lambda: repr(checked))
     require(checked.findings, str(file), shown=not as_json)
 
 
@@ -133,7 +132,7 @@ def quote(
 
     with progress(quiet=as_json) as tell:
         made = price(check_file(file, data_dir, tell, profile=profile), pilot=pilot, progress=tell)
-    emit(as_json, made.to_json(), lambda: _quote_text(made))
+    emit(as_json, made.to_json(), lambda: repr(made))
     require(made.findings, str(file), shown=not as_json)
 
 
@@ -219,44 +218,3 @@ def _told(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
         else:
             text = ", ".join(value) if isinstance(value, list) else str(value)
             yield "given to its miners" if key == "text" else key, text
-
-
-def _quote_text(made: Quote) -> str:
-    memory, chosen = made.memory, sum(map(len, made.layers.values()))
-    lines = [
-        f"{made.domain}: {chosen} of {count(made.total_experts, 'expert')}, in {count(len(made.layers), 'layer')}",
-        (
-            f"  upload      {size(made.upload)} a miner and cycle ({percent(made.upload / made.model)} of the model), "
-            f"{size(made.upload * made.cycles)} over {count(made.cycles, 'cycle')}"
-        ),
-        (
-            f"  memory      {size(memory.total)} a miner: weights {size(memory.weights)}, training state "
-            f"{size(memory.gradients + memory.moments)}, activations {size(memory.activations)}; and torch itself"
-        ),
-    ]
-    if made.pilot is not None:
-        pilot, trial = made.pilot, made.pilot.trials[-1]
-        lines.append(
-            f"  pilot       {count(pilot.steps, 'step')}: {trial.loss_before:.4f} → {trial.loss_after:.4f} nats per token "
-            f"(saved {pilot.gain:.4f}, {trial.low:.4f} to {trial.high:.4f}; "
-            f"{count(trial.sequences, 'sequence')}, {count(trial.tokens, 'token')})"
-        )
-    needed = f"about {made.cycles_needed} to the objective" if made.cycles_needed else "no estimate to an objective"
-    lines.append(f"  cycles      at most {made.cycles}; {needed}")
-    if made.seconds is not None:
-        lines.append(
-            f"  time        about {duration(made.seconds)} for {count(made.cycles, 'cycle')}, from {made.seconds_from}"
-        )
-    lines.append(f"  rewards     at most {count(made.emission, 'unit')}")
-    return "\n".join([*lines, _findings_text(made.findings)]).rstrip()
-
-
-def _findings_text(findings: Sequence[Finding]) -> str:
-    """Return one line a finding, gravest last, so that it is what stays on the screen."""
-    marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
-    lines = []
-    for finding in sorted(findings, key=lambda finding: list(marks).index(finding.level)):
-        lines.append(f"{marks[finding.level]}  {finding.check:<13} {finding.detail}")
-        if finding.remedy:
-            lines.append(f"{'':<23} → {finding.remedy}")
-    return "\n".join(lines)

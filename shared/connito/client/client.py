@@ -15,7 +15,7 @@ from connito.platform.datadir import DataDir
 from connito.runtime.tasks import blocking
 from connito.v1 import services_pb2
 from connito.v1.run_pb2 import BanOrder
-from connito.wire.identity import Identity
+from connito.wire.identity import Identity, short_key
 from connito.wire.tls import PLAIN, Tls
 
 
@@ -48,6 +48,10 @@ class Client:
             return addresses[service]
 
         self._use(Connection(find, identity, tls, token), None)
+
+    def __repr__(self) -> str:
+        identity = self._connection._identity
+        return f"<Client, {'without a key' if identity is None else f'as {short_key(identity.public)}'}>"
 
     @classmethod
     def local(cls, data_dir: Path | str | None = None, role: str = "customer") -> Self:

@@ -12,7 +12,7 @@ from typing import Any
 
 from connito.jobs.context import JobContext, open_context
 from connito.jobs.corpora import Corpora, build, template_of
-from connito.jobs.findings import Finding, worst
+from connito.jobs.findings import Finding, listed, worst
 from connito.jobs.policies import check_policies, run_spec
 from connito.jobs.spec import Job, read_job
 from connito.jobs.texts import Texts, sort_texts
@@ -36,7 +36,7 @@ _PERSONAL = {
 LITTLE_READ = 0.5
 
 
-@dataclass
+@dataclass(repr=False)
 class Checked:
     """A checked job with its findings. `corpora` is None where the text could not be prepared."""
 
@@ -46,6 +46,9 @@ class Checked:
     texts: Texts
     corpora: Corpora | None
     findings: list[Finding] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return listed(self.findings)
 
     @property
     def ok(self) -> bool:

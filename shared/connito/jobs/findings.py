@@ -28,6 +28,17 @@ class Finding:
         return {**vars(self), "numbers": dict(self.numbers)}
 
 
+def listed(findings: Iterable[Finding]) -> str:
+    """Return one line a finding, gravest last, so that it is what stays on the screen."""
+    marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
+    lines = []
+    for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
+        lines.append(f"{marks[finding.level]}  {finding.check:<13} {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':<23} → {finding.remedy}")
+    return "\n".join(lines)
+
+
 def worst(findings: Iterable[Finding]) -> str:
     """Return the most severe level of the findings; `ok` without any."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")

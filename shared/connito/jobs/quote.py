@@ -15,13 +15,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from connito.jobs.check import Checked
-from connito.jobs.findings import Finding, require
+from connito.jobs.findings import Finding, listed, require
 from connito.jobs.pilot import Pilot, try_out
 from connito.moe.footprint import Footprint, Workload
 from connito.protocol.coding import is_coded, usual_bytes
 from connito.protocol.policy.choices import ADAMW
 from connito.protocol.progress import MOST_REPLAY
 from connito.render import formats
+from connito.render.formats import count, duration, percent, size
 from connito.runtime.progress import Progress, silent
 from connito.views.run_report import window_seconds
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from connito.moe.selection import Selection
 
 
-@dataclass
+@dataclass(repr=False)
 class Quote:
     """`cycles_needed` is None where it cannot be told; `seconds` is for the job's cycles at most."""
 
@@ -47,6 +48,35 @@ class Quote:
     seconds_from: str = ""
     emission: int = 0
     findings: list[Finding] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        memory, chosen = self.memory, sum(map(len, self.layers.values()))
+        lines = [
+            f"{self.domain}: {chosen} of {count(self.total_experts, 'expert')}, in {count(len(self.layers), 'layer')}",
+            (
+                f"  upload      {size(self.upload)} a miner and cycle ({percent(self.upload / self.model)} of the model), "
+                f"{size(self.upload * self.cycles)} over {count(self.cycles, 'cycle')}"
+            ),
+            (
+                f"  memory      {size(memory.total)} a miner: weights {size(memory.weights)}, training state "
+                f"{size(memory.gradients + memory.moments)}, activations {size(memory.activations)}; and torch itself"
+            ),
+        ]
+        if self.pilot is not None:
+            pilot, trial = self.pilot, self.pilot.trials[-1]
+            lines.append(
+                f"  pilot       {count(pilot.steps, 'step')}: {trial.loss_before:.4f} → {trial.loss_after:.4f} nats per token "
+                f"(saved {pilot.gain:.4f}, {trial.low:.4f} to {trial.high:.4f}; "
+                f"{count(trial.sequences, 'sequence')}, {count(trial.tokens, 'token')})"
+            )
+        needed = f"about {self.cycles_needed} to the objective" if self.cycles_needed else "no estimate to an objective"
+        lines.append(f"  cycles      at most {self.cycles}; {needed}")
+        if self.seconds is not None:
+            lines.append(
+                f"  time        about {duration(self.seconds)} for {count(self.cycles, 'cycle')}, from {self.seconds_from}"
+            )
+        lines.append(f"  rewards     at most {count(self.emission, 'unit')}")
+        return "\n".join([*lines, listed(self.findings)]).rstrip()
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `connito job quote --json` prints."""

@@ -20,7 +20,15 @@ MOST_ROWS = 200
 
 
 class Rows(list[T]):
-    """A list that a notebook shows as a table."""
+    """A list that a notebook and an interpreter show as a table."""
+
+    def __repr__(self) -> str:
+        shown = [{head: _plain(value) for head, value in _cells(row).items()} for row in self[:MOST_ROWS]]
+        heads = {head: head for row in shown for head in row}
+        wide = {head: max(len(row.get(head, "")) for row in (heads, *shown)) for head in heads}
+        lines = ["  ".join(row.get(head, "").ljust(wide[head]) for head in heads).rstrip() for row in (heads, *shown)]
+        left = [f"and {len(self) - MOST_ROWS} more"] if len(self) > MOST_ROWS else []
+        return "\n".join([*lines, *left]) if shown else "none"
 
     def _repr_html_(self) -> str:
         shown = [_cells(row) for row in self[:MOST_ROWS]]
@@ -54,6 +62,16 @@ class Report(dict[str, Any]):
 
     def _repr_html_(self) -> str:
         return _facts({"run": self["run"], "domain": self["domain"], **self["outcome"]}) + loss_svg(self)
+
+
+def _plain(value: object) -> str:
+    """Return a value's beginning as signs that every terminal shows."""
+    shown = formats.shown(value)
+    return (
+        shown
+        if not isinstance(value, str)
+        else shown.removesuffix("…")[1:].removesuffix(shown[0]) + "…" * shown.endswith("…")
+    )
 
 
 def _card(record: Mapping[str, Any]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from connito.cli.job import app
 from connito.errors import Invalid
-from connito.jobs.findings import Finding
+from connito.jobs.findings import Finding, listed
 from typer.testing import CliRunner
 
 FOUND = [
@@ -20,20 +19,20 @@ FOUND = [
 ]
 
 
+class Told(SimpleNamespace):
+    """What was checked or priced, as an interpreter shows it."""
+
+    def __repr__(self) -> str:
+        return listed(self.findings)
+
+
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tuple[str, str]:
-    checked = SimpleNamespace(findings=FOUND, to_json=lambda: {"findings": [found.to_json() for found in FOUND]})
+    checked = Told(findings=FOUND, to_json=lambda: {"findings": [found.to_json() for found in FOUND]})
     monkeypatch.setattr("connito.jobs.check.check_file", lambda *_, **__: checked)
     monkeypatch.setattr("connito.jobs.quote.quote", lambda given, **_: given)
-    monkeypatch.setattr("connito.cli.job._quote_text", lambda made: f"a price\n{_listed(made.findings)}")
     done = CliRunner().invoke(app, [*arguments[:1], str(tmp_path / "job.yaml"), *arguments[1:]])
     assert isinstance(done.exception, Invalid)
     return done.output, str(done.exception)
-
-
-def _listed(findings: Any) -> str:
-    from connito.cli.job import _findings_text
-
-    return _findings_text(findings)
 
 
 @pytest.mark.parametrize("verb", ["check", "quote"])

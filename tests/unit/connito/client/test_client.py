@@ -149,3 +149,9 @@ def test_the_library_is_read_page_by_page(served: tuple[Client, list[str]]) -> N
     with pytest.raises(Invalid, match="a is no record of a library expert"):
         client.library.show("a")  # Its record holds a domain and nothing else.
     assert client.library.standing("a").reason == "leak"
+
+
+def test_an_interpreter_shows_whose_client_it_is() -> None:
+    identity = Identity.generate()
+    assert repr(Client()) == "<Client, without a key>"
+    assert identity.public[:8] in repr(Client(identity=identity))

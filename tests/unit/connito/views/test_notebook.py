@@ -92,3 +92,20 @@ def test_rows_are_a_table_of_what_they_have() -> None:
 def test_they_are_the_builtins_that_they_were() -> None:
     assert Rows([1, 2]) == [1, 2]
     assert json.loads(json.dumps([Rows([1]), Card(record={}), Report(run="r")])) == [[1], {"record": {}}, {"run": "r"}]
+
+
+def test_an_interpreter_shows_a_list_as_a_table_of_plain_signs() -> None:
+    """A list of one run was eight thousand characters of its wire format."""
+    runs = [RunStatus(spec=RunSpec(run="r1", domain="law"), phase=RUN_PHASE_RUNNING, detail="\x1b[2J" + "x" * 200)] * (
+        MOST_ROWS + 3
+    )
+    head, first, *_, last = repr(Rows(runs)).splitlines()
+    assert head.split() == ["run", "domain", "phase", "cycle", "version", "detail"]
+    assert first.split()[:5] == ["r1", "law", "running", "0", "0"]
+    assert first.index("law") == head.index("domain")
+    assert "\x1b" not in first
+    assert len(first) < 200
+    assert last == "and 3 more"
+    assert repr(Rows([{"a": "it's"}, {"b": 2}])).splitlines() == ["a     b", "it's", "      2"]
+    assert repr(Rows([])) == "none"
+    assert Rows([1]) == [1]
