@@ -30,6 +30,7 @@ from connito.protocol.findings import PROTOCOL_VERSION
 from connito.v1 import cycle_pb2, run_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
+from connito.wire.checkpoint import Checkpoint
 from connito.wire.envelope import seal
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
@@ -44,6 +45,8 @@ AGAIN = 3
 # Miners and cycles.
 AGES = ((20, 0), (20, 40), (20, 200), (20, 1000), (100, 40), (100, 200), (100, 1000))
 FAR = 4102444800000
+# Of a cycle; the committer signs up to one a second.
+RECEIPTS = 30
 Said = tuple[Identity, str, Message]
 
 
@@ -157,12 +160,22 @@ def judging(cast: Cast, cycle: int) -> Iterator[Said]:
     yield merge[1]
 
 
+def receipts(cast: Cast, cycle: int) -> Iterator[Said]:
+    """Yield the receipts of a cycle."""
+    committer = cast.services["committer"]
+    for number in range(RECEIPTS * (cycle - 1) + 1, RECEIPTS * cycle + 1):
+        heard = Checkpoint("connito/aged", number, bytes(32)).signed(committer).note
+        message = run_pb2.IngressHead(run=RUN, cycle=number, checkpoint=heard, last_sequence=number)
+        yield cast.say("run", number, "received", message, committer)
+
+
 def story(cast: Cast, cycles: int) -> Iterator[Said]:
     """Yield a run of as many cycles, whose next one has begun."""
     yield from beginning(cast, cycles)
     for cycle in range(1, cycles + 1):
         yield from taking_in(cast, cycle)
         yield from judging(cast, cycle)
+        yield from receipts(cast, cycle)
     yield window(cast, cycles + 1, "train", [one.public for one in cast.miners])[0]
 
 

@@ -11,6 +11,9 @@ from typing_extensions import TypeVar as DefaultedTypeVar
 
 from connito.wire.subjects import FactKey
 
+# What is numbered by itself and not by cycles, and how many of them stay in memory.
+RECEIPT, RECEIPTS_AT_HAND = "received", 4
+
 M = TypeVar("M", bound=Message)
 M_co = DefaultedTypeVar("M_co", bound=Message, covariant=True, default=Message)
 
@@ -88,6 +91,8 @@ class FactSet:
     cycle: int = 0
     shelf: Shelf | None = field(default=None, compare=False, repr=False)
     shelved: int = field(default=0, compare=False)
+    # Receipts have numbers of their own, up to one a second: up to here they are on the shelf.
+    receipts: int = field(default=0, compare=False)
     whole: bool = field(default=False, compare=False)
 
     def add(self, fact: Fact) -> bool:
@@ -95,7 +100,7 @@ class FactSet:
         known = self.fact(fact.key.section, fact.key.cycle, fact.key.kind, fact.key.id)
         if known is not None and known.sequence <= fact.sequence:
             return False
-        if self.shelf is not None and self._is_shelved(fact.key.cycle):
+        if self.shelf is not None and self._is_shelved(fact.key.cycle, fact.key.kind):
             self.shelf.put(fact)
         else:
             self.facts[fact.key] = fact
@@ -110,20 +115,27 @@ class FactSet:
         return True
 
     def let_go(self, until: int, *, whole: bool = False) -> None:
-        """Keep the cycles up to `until`, or `whole` everything, on the shelf alone. It has them already."""
+        """Keep the cycles up to `until` and old receipts, or `whole` everything, on the shelf alone. It has them already."""
         # In this order: another thread that finds nothing here any more looks there.
         self.shelved, self.whole = max(self.shelved, until), self.whole or whole
-        for place in [place for place in self._index if self._is_shelved(place[1])]:
+        newest = max((number for _, number, kind in self._index if kind == RECEIPT), default=0)
+        self.receipts = max(self.receipts, newest - RECEIPTS_AT_HAND)
+        for place in [place for place in self._index if self._is_shelved(*place[1:])]:
             for id_ in self._index.pop(place):
                 del self.facts[FactKey(*place, id_)]
             self._sorted.pop(place, None)
             self._numbered.pop(place, None)
 
-    def _is_shelved(self, cycle: int) -> bool:
-        return self.whole or 0 < cycle <= self.shelved
+    @property
+    def last(self) -> int:
+        """Return the newest cycle of which something is in memory; what is numbered by itself is none."""
+        return max((number for _, number, kind in self._index if kind != RECEIPT), default=0)
+
+    def _is_shelved(self, cycle: int, kind: str) -> bool:
+        return self.whole or 0 < cycle <= (self.receipts if kind == RECEIPT else self.shelved)
 
     def _from_shelf(self, section: str, cycle: int, kind: str) -> Mapping[str, Fact]:
-        return self.shelf.all(self.run, section, cycle, kind) if self.shelf and self._is_shelved(cycle) else {}
+        return self.shelf.all(self.run, section, cycle, kind) if self.shelf and self._is_shelved(cycle, kind) else {}
 
     def fact(self, section: str, cycle: int, kind: str, id_: str = "") -> Fact | None:
         """Return one fact of any kind, or None. Code that knows the kind uses the accessor of that kind."""

@@ -27,7 +27,7 @@ from connito.wire.fact import Fact, Record
 from connito.wire.subjects import FactKey
 from connito.wire.verification import CATALOGUE, INGRESS
 
-FORMAT = 4
+FORMAT = 5
 # Facts that were read back and stay in memory.
 REMEMBERED = 20_000
 
@@ -62,6 +62,7 @@ _CYCLE, _SUM_OF_CYCLE = (
 _STANDING = "select section, cycle, kind, id, signer, stream, sequence, time_unix_ms, digest, payload, tag from facts"
 _OF_A_KIND = f"{_STANDING} where run = ? and section = ? and cycle = ? and kind = ? order by id"
 _OF_A_CYCLE = f"{_STANDING} where run = ? and cycle = ?"
+_AT_HAND = "select cycle from cycles where run = ? and (cycle = 0 or cycle between ? and ? or cycle >= ?)"
 _SPANS = "select run, min(sequence), max(sequence) from facts where stream = ? group by run order by 3 desc"
 _LAID = "select run, stream, sequence, subject, data, time_unix_ms, headers, tag from aside"
 # What SQLite says of a damaged file; its words may themselves hold bytes of it.
@@ -318,10 +319,9 @@ class Kept:
                 self._held -= len(self._back.popitem(last=False)[1])
             return found
 
-    def since(self, run: str, cycle: int) -> Iterator[Fact]:
-        """Yield what a run keeps in memory: what belongs to no cycle, and everything from one on. Raises `Fatal` as `all`."""
-        kept = self._read("select cycle from cycles where run = ? and (cycle = 0 or cycle >= ?)", (run, cycle))
-        for (one,) in kept:
+    def since(self, run: str, cycle: int, last: int = 1 << 62, number: int = 1 << 62) -> Iterator[Fact]:
+        """Yield what belongs to no cycle, everything from one to the `last`, and receipts from a number on; `Fatal` as `all`."""
+        for (one,) in self._read(_AT_HAND, (run, cycle, last, number)):
             self._look_through(run, one)
             yield from self._facts(run, _OF_A_CYCLE, (run, one))
 

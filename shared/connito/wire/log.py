@@ -87,9 +87,10 @@ class Log:
     def recall(self, run: str, note: dict[str, Any]) -> None:
         """Take up what `note` says of a run, and the facts that are at hand."""
         if "cycle" in note:
-            facts = self.runs[run] = RunFacts(run, cycle=note["cycle"], shelf=self.kept)
+            facts = self.runs[run] = RunFacts(run, cycle=note["cycle"], receipts=note["receipts"], shelf=self.kept)
             facts.let_go(facts.cycle - CYCLES_AT_HAND, whole=note["ended"])
-            for fact in self.kept.since(run, facts.shelved + 1) if self.kept and not note["ended"] else ():
+            at_hand = (facts.shelved + 1, note["last"], facts.receipts + 1)
+            for fact in self.kept.since(run, *at_hand) if self.kept and not note["ended"] else ():
                 facts.add(fact)
         if self.trees is not None and "tree" in note:
             self.trees.runs[run] = LogTree.noted(note["tree"])
@@ -102,6 +103,7 @@ class Log:
         facts = self.runs.get(run)
         if facts is not None:
             found |= {"cycle": facts.cycle, "ended": facts.ended is not None}
+            found |= {"last": facts.last, "receipts": facts.receipts}
             if self.trees is not None and (tree := self.trees.note(facts)) is not None:
                 found["tree"] = tree
         waiting = {subject: parts for subject, parts in self.parts.waiting.items() if run_of(subject) == run}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -14,6 +15,8 @@ from connito.wire import kept as kept_module
 from connito.wire.fact import Fact, Record
 from connito.wire.facts import RunFacts
 from connito.wire.kept import Kept, anchor_of
+from connito.wire.log import Log
+from connito.wire.roster import Roster
 from connito.wire.subjects import FactKey
 
 SECRET = bytes(range(32))
@@ -211,6 +214,41 @@ def test_cycles_that_were_let_go_are_read_as_before() -> None:
     facts.let_go(0, whole=True)
     assert not facts.facts
     assert facts.spec == plain.spec
+
+
+def received(number: int) -> Fact:
+    message = run_pb2.IngressHead(run="r", cycle=number, last_sequence=number)
+    return Fact("r", FactKey("run", number, "received"), message, "C", "RUNS", number + 100, 5)
+
+
+def test_receipts_are_no_cycles_and_few_stay_in_memory(tmp_path: Path) -> None:
+    """There may be one a second: of a long run a hundred times as many as cycles, and every service reads them."""
+    kept = at(tmp_path)
+    log = Log(Roster({}))
+    log.kept = kept
+    facts = log.runs["r"] = RunFacts("r", shelf=kept)
+    told = [*(opened(cycle) for cycle in range(1, 6)), *(received(number) for number in range(1, 301)), opened(7)]
+    for number, fact in enumerate(told):
+        assert facts.add(fact)
+        kept.put(fact)
+        if number % 50 == 0:
+            log.let_go("r")
+    note = log.note("r")
+    log.let_go("r")
+    in_memory = {key for key in facts.facts if key.kind == "received"}
+    assert len(in_memory) <= 8
+    kept.note("r", json.dumps(note).encode())
+    assert kept.commit({"TRAIN": record(1)})
+    kept.close()
+    again = Log(Roster({}))
+    again.restore(found := at(tmp_path))
+    facts = again.runs["r"]
+    assert len([key for key in facts.facts if key.kind == "received"]) <= 60, "those since it was last let go"
+    assert facts.newest_receipt == received(300).message
+    assert [facts.received(number) for number in range(1, 301)] == [received(number) for number in range(1, 301)]
+    assert facts.window("train", 7).opened == opened(7).message, "streams are read side by side"
+    assert not facts.add(received(17))
+    found.close()
 
 
 def damage(folder: Path, statement: str) -> None:
