@@ -132,6 +132,12 @@ def _split_sybils(know: Knowledge) -> list[State]:
     return [{name: rows + blur[name] for name, rows in mine.items()} for blur in blurs]
 
 
+def _shared_out(know: Knowledge) -> list[State]:
+    """Return one share of work, cut in two between two keys: neither holds a row of the other's."""
+    mine, names = _own(know), sorted(know.theta)
+    return [{**know.theta, **{name: mine[name] for name in names[part::2]}} for part in range(2)]
+
+
 def _friend(report: cycle_pb2.ScoreReport) -> None:
     _claim(report, "attacker-1", 5.0, reasons_pb2.REASON_UNSPECIFIED)
 
@@ -246,6 +252,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("overfitter, last draw leaked", lambda k: [_overfitted(k, k.arena.drawn(k.cycle - 1))], _USELESS),
     Attack("overfitter, this draw known", lambda k: [_overfitted(k, k.arena.drawn(k.cycle))], note="without the beacon"),
     Attack("sybils, one work thrice", _split_sybils, _COPY, note="the first is paid for its work"),
+    Attack("sybils, one work cut in two", _shared_out, note="each half is nobody else's"),
     Attack("1 of 3 validators inflates", lambda k: [_nudged(k)], _USELESS, lies=_last(1, _friend)),
     Attack("1 of 3 validators sinks", lambda k: [], lies=_last(1, _rival)),
     Attack("1 of 3 validators frames", lambda k: [], lies=_last(1, _frame)),

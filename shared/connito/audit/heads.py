@@ -129,12 +129,16 @@ def kept(evidence: Evidence, history: History, notes: Mapping[str, str]) -> Step
             if not checkpoint.origin.startswith(f"{ROOT}/{evidence.run}/"):
                 raise Invalid(f"{source} says nothing about this run: it is of {checkpoint.origin}")
             ingress = checkpoint.origin.endswith("/ingress")
-        if not any(map(checkpoint.is_signed_by, evidence.roster.ever("committer" if ingress else "coordinator"))):
+        signers = [*filter(checkpoint.is_signed_by, evidence.roster.ever("committer" if ingress else "coordinator"))]
+        if not signers:
             raise Invalid(f"{source} proves nothing: the log's own signature is not under it, or does not hold")
         roots = _ingress_roots(evidence, {checkpoint.size}) if ingress else {}
         if not (what := _begun_anew(evidence, checkpoint)):
             what = _of_ingress(roots, checkpoint) if ingress else _of_heads(history, checkpoint)
         if what:
+            # Nothing in a checkpoint dates it: an operator could void what it signed by a change of keys.
+            old = "; by a key that is retired, which whoever has it can still sign with"
+            what += old if all(key in evidence.roster.retired for key in signers) else ""
             found.append(Difference("history", source, f"two histories were signed: {what}"))
     note = "cosigned by " + ", ".join(map(short_key, sorted(vouched))) if vouched else ""
     return Step("history", 0, len(notes), tuple(found), note)

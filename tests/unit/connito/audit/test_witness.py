@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from connito.audit.access import refuse_released
 from connito.audit.audit import Audit, Options, audit
+from connito.audit.evidence import read
 from connito.audit.witness import Witness, held
 from connito.bus.follow import CaughtUp
 from connito.errors import Invalid, NotFound, Retry, VerificationFailed
@@ -16,6 +17,7 @@ from connito.runtime.progress import Notify, silent
 from connito.v1 import run_pb2
 from connito.wire.checkpoint import Checkpoint
 from connito.wire.fact import Record
+from connito.wire.heads import ingress_origin_of
 from connito.wire.subjects import FactKey
 
 from tests.unit.connito.audit.world import ROSTER, RUN, Cycle, World, identity, tell
@@ -269,3 +271,18 @@ def test_two_witnesses_share_no_memory(tmp_path: Path) -> None:
         pass
     with held(tmp_path):
         pass
+
+
+async def test_what_a_retired_key_signed_counts_and_is_said_to_be_its(told: World, tmp_path: Path) -> None:
+    """Nothing dates a checkpoint. If retiring a key voided its words, an operator would retire the one that lied."""
+    old = identity("an old committer")
+    note = Checkpoint(ingress_origin_of(told.evidence().facts), 1, b"x" * 32).signed(old).note
+    with pytest.raises(Invalid, match="proves nothing"):
+        await look(told, tmp_path, {"kept": note})
+    evidence = read(RUN, told.records, replace(ROSTER, retired={old.public: ("committer", 1)}))
+    found_out = audit(
+        evidence, await told.artifacts(tmp_path), Options(model=False, tolerance=0.0, kept={"kept": note})
+    )
+    (found,) = [one for one in found_out.differences if one.check == "history"]
+    assert found.by == "operator"
+    assert "by a key that is retired" in found.what
