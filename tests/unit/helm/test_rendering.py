@@ -126,6 +126,13 @@ def test_keda_without_a_monitoring_endpoint_is_refused() -> None:
         {"validator": {"variant": "rocm"}},
         {"selector": {"env": {"lower": "x"}}},
         {"mode": "trainer", "nats": {"enabled": True}},
+        # What an API server reads as a number or a network, and refuses in the middle of an upgrade.
+        {"coordinator": {"resources": {"limits": {"memory": "1 Gi"}}}},
+        {"coordinator": {"resources": {"requests": {"cpu": "half"}}}},
+        {"nats": {"resources": {"limits": {"memory": "1GB"}}}},
+        {"podDisruptionBudget": {"enabled": True, "maxUnavailable": "150%"}},
+        {"networkPolicy": {"api": {"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}}},
+        {"networkPolicy": {"api": {"from": [{"ipBlock": {"cidr": "10.0.0.0"}}]}}},
     ],
 )
 def test_the_schema_refuses(wrong: dict[str, Any]) -> None:
