@@ -106,9 +106,7 @@ class Roster:
             replace(self._holdings, viewer=viewer).permit(experts, verb, self._agreement)
         except Invalid as error:
             hidden = next((name for name in asked.experts if not viewer.sees(self._expert(name)[1])), None)
-            raise (
-                unknown(hidden) if hidden else RefusedError(403, str(error), code="not_permitted", param="model")
-            ) from error
+            raise (unknown(hidden) if hidden else refused(str(error))) from error
         if len(self._permitted) > 10_000:
             self._permitted.clear()
         self._permitted[asked.key, viewer] = time.monotonic()
@@ -215,6 +213,12 @@ def unknown(name: str) -> RefusedError:
         code="model_not_found",
         param="model",
     )
+
+
+def refused(why: str) -> RefusedError:
+    """Return the refusal of an expert that may not be used so. An option that would allow it is no field of a request."""
+    whose = "; that is an option of `connito serve`, for whoever runs it" if " --" in why else ""
+    return RefusedError(403, f"{why}{whose}", code="not_permitted", param="model")
 
 
 BASE_ALONE = Loaded(BASE, ())

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from connito.curation.serving.errors import RefusedError
 from connito.curation.serving.generation import Generator
 from connito.curation.serving.requests import ChatRequest, CompletionRequest, Sampling, sequences
-from connito.curation.serving.roster import BASE_ALONE, Asked, Loaded, Roster
+from connito.curation.serving.roster import BASE_ALONE, Asked, Loaded, Roster, refused
 from connito.curation.serving.scoring import document
 from connito.curation.serving.text import Writer
 from connito.errors import Retry
@@ -167,7 +167,7 @@ class Server:
             async with aclosing(self.generator.answer(ids, loaded.slot, how)) as steps:
                 async for new in steps:
                     if loaded.gone:
-                        raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
+                        raise refused(loaded.gone)
                     if begun:
                         metrics.SERVE_FIRST_TOKEN.observe(time.monotonic() - begun)
                         begun = 0.0
@@ -198,7 +198,7 @@ class Server:
                     began = time.monotonic()
                     async with self._changing:
                         if loaded.gone:
-                            raise RefusedError(403, loaded.gone, code="not_permitted", param="model")
+                            raise refused(loaded.gone)
                         found = await _to_its_end(self.generator.score, ids, loaded.slot, count, ahead)
                     if self.generator.busy():
                         await asyncio.sleep(time.monotonic() - began)

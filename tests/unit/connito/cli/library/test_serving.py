@@ -483,6 +483,10 @@ def test_experts_come_and_go_while_it_runs(start: Any, stocked: Any, exports: An
     refused = running.post("completions", ask | {"model": f"tiny+{ids['recipes']}"})
     assert refused.status_code == 403
     assert "it was poisoned" in refused.json()["error"]["message"]
+    # What would allow it is nothing that a request can say.
+    assert refused.json()["error"]["message"].endswith(
+        "--allow-yanked; that is an option of `connito serve`, for whoever runs it"
+    )
     assert f"tiny+{ids['recipes']}" not in [model.id for model in running.client().models.list()]
     routed = running.post("completions", ask | {"model": f"tiny+{ids['logs']}|{ids['poems']}"})
     assert routed.status_code == 200
