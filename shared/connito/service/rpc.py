@@ -359,6 +359,6 @@ def check_fresh(
         away = f"{abs(apart) / 60_000:.0f} minutes {'behind' if apart > 0 else 'ahead of'}"
         raise Invalid(
             f"the request is dated {away} the platform's clock, and {within_ms // 60_000} are let through: set the "
-            "clock of the machine that signed it (`timedatectl set-ntp true`), or sign again what was signed then",
+            "clock that is wrong, the signer's or the broker's (`timedatectl set-ntp true`), or sign again what was signed then",
             reason=reason,
         )
