@@ -84,10 +84,11 @@ class Miner:
         if receipt is None:
             return
         for mine in list(self.ledger.progress(run).values()):
-            covered = [sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence]
-            gone = [sequence for sequence in covered if not await self._stands(run, mine, sequence)]
-            if standing := [sequence for sequence in covered if sequence not in gone]:
+            covered = sorted({sequence for sequence in mine.unreceipted if sequence <= receipt.last_sequence})
+            if standing := [sequence for sequence in covered if await self._stands(run, sequence)]:
                 self.ledger.keep_receipt(run, mine.cycle, receipt, standing)
+            # Of two that were told the same place one stands there, and has its receipt.
+            gone = [sequence for sequence in covered if sequence not in standing or mine.places.count(sequence) > 1]
             for sequence in gone:
                 log.error(
                     "left out: the broker acknowledged a message of this miner's, and the log holds another one or none there; "
@@ -96,13 +97,12 @@ class Miner:
             if gone:
                 self.ledger.settle(run, mine.cycle, gone, *(f"left-out-{sequence}" for sequence in gone))
 
-    async def _stands(self, run: str, mine: CycleProgress, sequence: int) -> bool:
-        """Return whether a message of this miner's, and of no other count, stands where one was acknowledged."""
+    async def _stands(self, run: str, sequence: int) -> bool:
+        """Return whether a message of this miner's stands where one was acknowledged."""
         for wait in (LAST_LOOK_SECONDS, 0.0):
             record = await self.bus.look("INGRESS", seq=sequence)
             if record is not None:
-                own = subjects.parse_ingress(record.subject)[:2] == (run, self.me)
-                return own and mine.places.count(sequence) == 1
+                return subjects.parse_ingress(record.subject)[:2] == (run, self.me)
             # A replica of the broker may be a moment behind.
             await asyncio.sleep(wait)
         return False
