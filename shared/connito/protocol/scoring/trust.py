@@ -120,8 +120,11 @@ def _stepped(
 
 
 def _revealed_in_vain(facts: RunFacts, cycle: int, validator: str) -> bool:
-    drawn = facts.drawn(cycle)
-    return (drawn is None or not drawn.validators) and validator in facts.seed_reveals(cycle)
+    drawn, closed = facts.drawn(cycle), facts.window("validate", cycle).closed
+    reveal = facts.seed_reveals(cycle).get(validator)
+    # Who went on behind the close was not there, whenever this is computed.
+    in_time = reveal is not None and (closed is None or reveal.sequence <= closed.last_sequence)
+    return in_time and (drawn is None or not drawn.validators)
 
 
 def _left(facts: RunFacts, cycle: int, validator: str) -> Refusal:

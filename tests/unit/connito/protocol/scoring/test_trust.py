@@ -55,6 +55,7 @@ class Season:
         claims: Mapping[str, dict[str, float] | None],
         omitted: list[str] | tuple[()] = (),
         revealed: list[str] | tuple[()] = (),
+        late: list[str] | tuple[()] = (),
         truth: dict[str, float] = TRUTH,
         stake: Callable[..., Any] = even,
     ) -> tuple[dict[str, cycle_pb2.ValidatorStanding], cycle_pb2.CycleScored]:
@@ -69,7 +70,10 @@ class Season:
         self.put("submit", cycle, "settled", cycle_pb2.WindowSettled(run=RUN, cycle=cycle, submissions=entries))
         names = sorted({*claims, *omitted})
         self.put("validate", cycle, "opened", cycle_pb2.WindowOpened(run=RUN, cycle=cycle, expected=names))
-        for name in revealed:
+        for name in (*revealed, *late):
+            if name in late:
+                closed = cycle_pb2.WindowClosed(run=RUN, cycle=cycle, last_sequence=self.sequence)
+                self.put("validate", cycle, "closed", closed)
             self.put("validate", cycle, "seed", cycle_pb2.SeedRevealed(run=RUN, cycle=cycle, validator=name), name)
         seed = b"%032d" % cycle
         drawn = cycle_pb2.SeedDrawn(run=RUN, cycle=cycle, seed=seed, validators=sorted(claims), omitted=sorted(omitted))
@@ -167,6 +171,14 @@ def test_without_a_quorum_only_those_who_left_a_duty_lose() -> None:
     season = Season()
     standings, _ = season.play({}, omitted=["VA", "VB"], revealed=["VA"])
     assert {name: s.trust for name, s in standings.items()} == {"VA": 1.0, "VB": 0.9}
+
+
+def test_a_secret_that_comes_behind_the_close_changes_nothing() -> None:
+    """A validator that stood still reveals when it goes on: who computes later must find what was found without it."""
+    before, _ = Season().play({}, omitted=["VA", "VB"], revealed=["VA"])
+    after, _ = Season().play({}, omitted=["VA", "VB"], revealed=["VA"], late=["VB"])
+    assert after == before
+    assert after["VB"].reason == reasons_pb2.REASON_SEED_WITHHELD
 
 
 def test_a_distrusted_third_never_leaves_one_of_the_others_to_decide_alone() -> None:
