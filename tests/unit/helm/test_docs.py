@@ -126,9 +126,8 @@ def test_whoever_names_no_bucket_is_told_with_whom_it_may_be_shared() -> None:
     assert "store.bucket" not in notes(values)
     del values["store"]["bucket"]
     for namespace in ("ml", "other"):
-        assert "in the bucket `connito`. A release of the\nsame name in another namespace" in notes(
-            values, namespace=namespace
-        )
+        said = notes(values, namespace=namespace)
+        assert "in the bucket `connito`. A bucket belongs to the platform\nwhose committer comes first" in said
 
 
 def test_what_is_wrong_is_found() -> None:
