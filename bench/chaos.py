@@ -8,8 +8,9 @@
 the whole `connito up`, which is then started again) or stopped for some seconds, the disk is full for a while, a bit of a
 cached file flips, an object is gone from the store and comes back. `cluster`: the same run over a broker of three nodes with
 three copies of every stream, `calm`, with a node killed every five seconds, and `current`: with one killed as soon after
-five seconds as all nodes have caught up. `away`: once, from the second cycle on, the store, the broker or both cannot be
-reached for a while. Each run ends with an audit, and with a check that every acknowledged reveal has one
+five seconds as all nodes have caught up. `single`: one process is killed, any of them, and the next one within three
+seconds of the log having gone on. `away`: once, from the second cycle on, the store, the broker or both cannot be reached for a
+while. Each run ends with an audit, and with a check that every acknowledged reveal has one
 answer and every cycle one version.
 
 Figures add up over calls: what was carried out stays in the document, storms begin with the seed after the last one there, and
@@ -30,6 +31,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ EVERY, NODE_EVERY, LONGEST = 1.5, 5.0, 900.0
 CLUSTERS = {"cluster calm": (0.0, False), "cluster": (NODE_EVERY, False), "cluster current": (NODE_EVERY, True)}
 # By part: which servers are away, all of them for `--away` seconds.
 OUTAGES = {"away store": ["weed"], "away broker": ["nats-server"], "away both": ["nats-server", "weed"]}
+# One kill after the other: seconds at most from the log going on until the next one.
+SINGLE, PAUSE = "single", 3.0
 # A command that ends so often although nobody ended it will not get better.
 MOST_ENDS = 5
 Row = dict[str, Any]
@@ -141,6 +145,10 @@ class Storm:
         else:
             await self.faults.strike()
 
+    def waits_for_more(self) -> bool:
+        """Return whether nothing has come since the last kill."""
+        return bool(self.faults.kills) and max(self.facts, default=0.0) <= self.faults.kills[-1]
+
     def waits(self) -> list[float]:
         """Return by kill the seconds until the log went on; of kills after the last fact, none."""
         found, rest = [], iter(sorted(self.facts))
@@ -162,10 +170,23 @@ async def weather(storm: Storm, every: float, faults: int, until: float) -> None
             await asyncio.sleep(0.05)
         await storm.faults.away(OUTAGES[storm.part], storm.away)
         return
+    if storm.part == SINGLE:
+        await one_by_one(storm, faults, until)
+        return
     while every and not storm.ended and storm.faults.counts.total() < faults and time.monotonic() < until:
         await asyncio.sleep(every if storm.cluster else storm.faults.rng.uniform(0.5, 1.5) * every)
         with suppress(OSError, ValueError):
             await storm.strike()
+
+
+async def one_by_one(storm: Storm, faults: int, until: float) -> None:
+    """Kill a process, and the next one when the log has gone on."""
+    while not storm.ended and storm.faults.counts.total() < faults and time.monotonic() < until:
+        await asyncio.sleep(storm.faults.rng.uniform(0.0, PAUSE))
+        with suppress(OSError, ValueError):
+            storm.faults.one()
+        while not storm.ended and storm.waits_for_more():  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)
 
 
 async def carry_out(storm: Storm, every: float, faults: int, until: float) -> Row:
@@ -205,6 +226,7 @@ async def carry_out(storm: Storm, every: float, faults: int, until: float) -> Ro
     return {
         "part": storm.part, "seed": storm.seed, "every": every, "cycles": cycles, "faults": dict(counts), "ends": storm.ends,
         "ended": storm.ended, "wrong": wrong, "waits": [round(wait, 2) for wait in sorted(storm.waits())],
+        "slowest": sorted(zip(map(partial(round, ndigits=2), storm.waits()), storm.faults.killed, strict=False))[-5:],
         "seconds_a_cycle": round((spans[-1] - spans[0]) / cycles, 2) if cycles > 0 else None,
     }  # fmt: skip
 
@@ -276,11 +298,15 @@ def carry_on(asked: argparse.Namespace) -> list[Row]:
     """Carry out the parts whose names begin with `only`; return the rows of this call."""
     fresh: list[Row] = []
     until = time.monotonic() + 60 * asked.minutes
-    for part in ("storm", *CLUSTERS, *OUTAGES):
+    for part in ("storm", *CLUSTERS, SINGLE, *OUTAGES):
         if not (part == asked.only if asked.exactly else part.startswith(asked.only)):
             continue
         if part in CLUSTERS:
             fresh.append(one(part, asked.first, asked.cycles, asked.every, 10**6, until))
+            keep(asked.out, fresh[-1])
+            continue
+        if part == SINGLE:
+            fresh.append(one(part, asked.first, asked.cycles, asked.every, asked.faults, until))
             keep(asked.out, fresh[-1])
             continue
         if part in OUTAGES:

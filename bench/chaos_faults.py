@@ -51,6 +51,7 @@ class Faults:
         self.data, self.rng, self._kill_everything = data, random.Random(seed), kill_everything
         self.counts: Counter[str] = Counter()
         self.kills: list[float] = []
+        self.killed: list[str] = []
         self._restoring: list[asyncio.Task[None]] = []
         self._rotten: dict[Path, bytes] = {}
         shares = {kind: share for kind, share in SHARES.items() if own_disk or kind != "full"}
@@ -66,6 +67,13 @@ class Faults:
     def _wait_until_current(self, path: Path) -> None:
         while any(lag(row["monitor"]) for row in json.loads(path.read_text())):
             time.sleep(0.1)
+
+    def one(self) -> None:
+        """Kill one process, any."""
+        rows = self.data.read_pids()
+        name = self.rng.choice(sorted(rows))
+        if self._signal(rows[name]["pid"], signal.SIGKILL):
+            self.killed.append(name)
 
     async def strike(self) -> None:
         """Let one fault happen; what passes by itself passes later."""

@@ -48,6 +48,11 @@ EVERY = (
     _part(attacks_page.PAGE, "gate_drift", attacks_page.render_drift),
     _part(attacks_page.PAGE, "trigger", attacks_page.render_triggers),
     *(_part(sizing_page.PAGE, name, sizing_page.render) for name in sizing_page.PARTS),
+    _part(
+        sizing_page.AVAILABILITY,
+        "chaos",
+        lambda page, document: sizing_page.render(page, document, sizing_page.AVAILABILITY_PARTS),
+    ),
 )
 # What a page does not show is in the lab notes.
 NAMES = (*dict.fromkeys(name for page in EVERY for name in page.names), "schedules")

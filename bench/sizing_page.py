@@ -1,4 +1,4 @@
-"""The figures of `docs/explanation/sizing.md` and `running-costs.md`:
+"""The figures of `docs/explanation/sizing.md`, `running-costs.md` and `high-availability.md`:
 `python -m bench.sizing_page OUT/starting.json OUT/control_plane.json`.
 
 Copies either document, or both, to `docs/evidence` and writes the pages' parts anew, so that no figure there is typed. A unit
@@ -14,15 +14,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from connito.render.formats import count
+
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 
 PAGE = ROOT / "docs/explanation/sizing.md"
 COSTS = ROOT / "docs/explanation/running-costs.md"
+AVAILABILITY = ROOT / "docs/explanation/high-availability.md"
 END = "<!-- until here -->\n"
 # Miners, and CPU seconds of a cycle of theirs.
 FAR, GOAL = 10_000, 60
 # Minutes of a cycle, days of a month, and copies of each stream, of the page on costs.
 CYCLE, MONTH, COPIES_OF_STREAMS = 10, 30, 3
+# Parts of the storms that are held beside each other, and what befell a run, in words.
+CLUSTER = ("cluster calm", "cluster")
+KINDS = {
+    "kill": "a process killed", "stop": "one stopped for seconds", "everything": "all killed at once", "full": "the disk full",
+    "rot": "a bit flipped in the cache", "lost": "an object gone for a while",
+}  # fmt: skip
 
 
 def render(page: str, document: Document, parts: Mapping[str, Callable[[Document], str]] | None = None) -> str:
@@ -153,9 +162,9 @@ def main() -> None:
     for path in parser.parse_args().documents:
         document = json.loads(path.read_text())
         shutil.copyfile(path, COPIES / f"{document['name']}.json")
-        PAGE.write_text(render(PAGE.read_text(), document))
-        if document["name"] in COST_PARTS:
-            COSTS.write_text(render(COSTS.read_text(), document, COST_PARTS))
+        for page, parts in PAGES:
+            if document["name"] in parts:
+                page.write_text(render(page.read_text(), document, parts))
 
 
 def _change(number: float) -> str:
@@ -234,8 +243,42 @@ def _slower(document: Document) -> str:
     return f"A round here takes {', '.join(said)}."
 
 
+def _storms(document: Document) -> str:
+    machine, found, rows = document["machine"], document["storms"], document["rows"]
+    note = document["settings"].get("note", "")
+    kinds = ", ".join(f"{count} × {KINDS[kind]}" for kind, count in sorted(found["by_kind"].items()))
+    rates = [
+        [
+            str(seed),
+            *(f"{of[part]['seconds_a_cycle']:.1f}" for part in CLUSTER),
+            str(sum(of[CLUSTER[1]]["faults"].values())),
+        ]
+        for seed in sorted({row["seed"] for row in rows if row["part"] == CLUSTER[1]})
+        if (of := {row["part"]: row for row in rows if row["seed"] == seed})
+    ]
+    wrong = sum(bool(row["wrong"]) for row in rows)
+    waits = sorted(wait for row in rows if row["part"] == "storm" for wait in row["waits"])
+    return f"""
+`bench.chaos` on {machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}: `connito up` on the tiny base.
+{count(found["runs"], "storm")} of {found["cycles"]} cycles held {count(found["faults"], "fault")} ({kinds}). {found["ended"]} of
+them ended their run; something was lost, doubled or different by the audit in {wrong or "none"}. After a kill the log went on
+after {found["median_s"]:.1f} s in the median, {found["p99_s"]:.1f} s at the 99th percentile and {waits[-1]:.0f} s at most.
+`connito up` gave up {count(found["commands_that_ended"], "time")}, because a process had been killed many times within a
+minute, and was started again.
+
+Three nodes with three copies of every stream, and one of them killed every {document["settings"]["node_every"]:.0f} s:
+
+{table(("seed", "s a cycle, nobody killed", "s a cycle, one killed after the other", "kills"), rates)}
+The goal, half the undisturbed rate, is missed: with a leader its streams stand still for the four to nine seconds that
+NATS waits before it elects another one, and a cycle of the tiny base is shorter than that.
+[Every number](../evidence/chaos.json).
+"""
+
+
 PARTS = {"starting": _starts, "control_plane": _cycles, "soak": _soak, "peers": _peers}
 COST_PARTS = {"control_plane": _month}
+AVAILABILITY_PARTS = {"chaos": _storms}
+PAGES = ((PAGE, PARTS), (COSTS, COST_PARTS), (AVAILABILITY, AVAILABILITY_PARTS))
 
 if __name__ == "__main__":
     main()

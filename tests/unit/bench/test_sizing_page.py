@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench.evidence import COPIES
-from bench.sizing_page import COST_PARTS, COSTS, PAGE, PARTS, render
+from bench.sizing_page import AVAILABILITY, AVAILABILITY_PARTS, COST_PARTS, COSTS, PAGE, PARTS, render
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -21,6 +21,16 @@ def test_the_page_of_costs_is_too() -> None:
     assert COSTS.read_text() == render(COSTS.read_text(), document, COST_PARTS), "run `python -m bench.sizing_page`"
     document["rows"][-1]["committer_cpu_s"] = 3600.0
     assert "4320.0" in render(COSTS.read_text(), document, COST_PARTS)
+
+
+def test_the_page_of_storms_is_too() -> None:
+    document = json.loads((COPIES / "chaos.json").read_text())
+    assert AVAILABILITY.read_text() == render(AVAILABILITY.read_text(), document, AVAILABILITY_PARTS)
+    document["storms"]["p99_s"] = 4713.0
+    document["rows"][-1]["wrong"] = ["a reveal without an answer"]
+    page = render(AVAILABILITY.read_text(), document, AVAILABILITY_PARTS)
+    assert "4713.0 s" in page
+    assert "by the audit in none" not in page
 
 
 def test_a_figure_that_changes_changes_the_page() -> None:
