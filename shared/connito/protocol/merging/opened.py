@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,6 +21,7 @@ from connito.protocol.merging.reading import inspect
 from connito.protocol.submission import check_header, expected_layout
 from connito.runtime.compute import usable_cores
 from connito.v1 import cycle_pb2
+from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire.facts import RunFacts
 from connito.wire.locked import unlocked
 
@@ -53,12 +54,14 @@ def opened(
     states: dict[str, Path] = {}
     entries = in_order(entry for entry in submissions if entry.miner in files.states)
 
-    def clear(entry: cycle_pb2.Submission) -> Path | Refusal:
+    def clear(state: Path, artifact: ArtifactRef, base: Path) -> Path:
         # Several may have handed in the same file.
         own = Path(mkdtemp(dir=folder))
+        return decoded(unlocked(state, artifact, own), base, spec.training, own)
+
+    def look(entry: cycle_pb2.Submission) -> Path | Refusal:
         try:
-            plain = unlocked(files.states[entry.miner], entry.artifact, own)
-            path = decoded(plain, files.bases[entry.miner], spec.training, own)
+            path = clear(files.states[entry.miner], entry.artifact, files.bases[entry.miner])
             claim_of(check_header(path, layout), spec, facts.require_selection())
         except Environment:
             raise
@@ -67,26 +70,17 @@ def opened(
         return path
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for entry, found in zip(entries, pool.map(clear, entries), strict=True):
+        for entry, found in zip(entries, pool.map(look, entries), strict=True):
             if isinstance(found, Path):
                 states[entry.miner] = found
             else:
                 refused[entry.miner] = found
-        earlier = _clear(facts, files.earlier, folder, pool) if states else []
+        works = files.earlier if states else []
+        plain = pool.map(lambda work: clear(work.state, work.entry.artifact, work.base), works)
+        earlier = [replace(work, state=state) for work, state in zip(works, plain, strict=True)]
     bases = [files.bases[miner] for miner in states]
     beside = [work.state for work in earlier], [work.base for work in earlier]
     looked = inspect(list(states.values()), bases, layout, spec.scoring.max_relative_norm or math.inf, beside)
     miners = list(states)
     refused |= {miners[place]: refusal for place, refusal in looked.refused.items()}
     return replace(files, states=states, earlier=earlier), refused, looked.gram
-
-
-def _clear(facts: RunFacts, earlier: Sequence[EarlierWork], folder: Path, pool: Executor) -> list[EarlierWork]:
-    """Return the works with their files unlocked and decoded into `folder`."""
-    training = facts.require_spec().training
-
-    def clear(work: EarlierWork) -> EarlierWork:
-        own = Path(mkdtemp(dir=folder))
-        return replace(work, state=decoded(unlocked(work.state, work.entry.artifact, own), work.base, training, own))
-
-    return list(pool.map(clear, earlier))

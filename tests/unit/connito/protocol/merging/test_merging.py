@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from connito.data.tensors import read_header, read_tensors
-from connito.protocol.coding import encode
+from connito.protocol.coding import decoded, encode
 from connito.protocol.findings import Refusal
+from connito.protocol.merging import opened
 from connito.protocol.merging.cycle import Merged, merge_cycle
 from connito.protocol.merging.earlier import EarlierWork
 from connito.protocol.merging.gate import Losses
@@ -171,6 +173,29 @@ def test_what_was_handed_in_before_is_not_merged_where_works_are_coded(
     assert list(merged.version.merged) == (["MA", "MB"] if codec == "rows" else ["MA"])
     assert (verdicts(merged)["MB"].reason == reasons_pb2.REASON_COPY) is (codec != "rows")
     assert verdicts(merged)["MC"].reason != reasons_pb2.REASON_COPY, "who moved nothing copied nobody"
+
+
+def test_one_file_that_two_handed_in_is_decoded_twice_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = desk.stage.facts.require_spec().training
+    training.codec = "int8"
+    desk.submit("MA", START + 0.5, 0.2)
+    coded, met = desk.folder / "coded", threading.Barrier(2)
+    encode(desk.states["MA"], desk.parent, training, None, coded, desk.folder / "leaves")
+    desk.states = dict.fromkeys(("MA", "MB"), coded)
+    desk.utilities["MB"] = 0.2
+
+    def at_once(*args: Any) -> Path:
+        met.wait(60)
+        path = decoded(*args)
+        met.wait(60)
+        return path
+
+    monkeypatch.setattr(opened, "usable_cores", lambda: 2)
+    monkeypatch.setattr(opened, "decoded", at_once)
+    merged = desk.merge(aggregator="mean", outer_learning_rate=1.0)
+    assert list(merged.version.merged) == ["MA"]
+    assert verdicts(merged)["MB"].finding.copy_of == "MA"
+    np.testing.assert_allclose(load(merged.state), START + 0.5, atol=0.01)
 
 
 @pytest.mark.parametrize(
