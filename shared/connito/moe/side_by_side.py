@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+# More at once would take much memory on machines with many cores.
+MOST = 4
+
 
 @contextmanager
 def side_by_side(
@@ -16,11 +19,12 @@ def side_by_side(
 ) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
     """Yield how many batches of `tokens` in all are computed at once, and the map that does so, results in order.
 
-    On processors the products of one batch leave half of two cores idle, so threads get batches of their own, none smaller
-    than half of `batch_tokens`: each reads all weights. Inference mode and autocast hold in the thread that they are entered in.
+    On processors the products of one batch leave half of two cores idle, so up to four get batches of their own, none
+    smaller than half of `batch_tokens`: each reads all weights. Inference mode and autocast hold in the thread that they are
+    entered in.
     """
     threads = torch.get_num_threads()
-    side = min(threads, max(1, 2 * tokens // batch_tokens))
+    side = min(threads, MOST, max(1, 2 * tokens // batch_tokens))
     if side == 1 or device.type != "cpu":
         yield 1, map
         return

@@ -139,6 +139,9 @@ def test_few_sequences_and_heads_of_their_own_run_one_after_the_other(full: Any,
         judge._batch_tokens = most
         with judge._side_by_side(4 * 64) as (found, _):
             assert found == side
+    torch.set_num_threads(16)
+    with judge._side_by_side(10**9) as (found, _):
+        assert found == 4, "each takes memory of its own"
     judge._head.output = None
     with judge._side_by_side(10**9) as (found, _):
         assert found == 1
