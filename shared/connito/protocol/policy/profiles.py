@@ -23,7 +23,7 @@ PROFILES: Mapping[str, Mapping[str, float]] = {
     # and forgetting is looked at on one sequence a domain, which has no interval: it can be shown, but refuse nobody.
     "laptop": {
         "selection.threshold": 0.5,
-        "training.local_steps": 6,
+        "training.local_steps": 8,
         "training.sequence_length": 256,
         "training.batch_sequences": 2,
         "training.weight_decay": 0,
