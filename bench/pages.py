@@ -48,10 +48,13 @@ EVERY = (
     _part(attacks_page.PAGE, "gate_drift", attacks_page.render_drift),
     _part(attacks_page.PAGE, "trigger", attacks_page.render_triggers),
     *(_part(sizing_page.PAGE, name, sizing_page.render) for name in sizing_page.PARTS),
-    _part(
-        sizing_page.AVAILABILITY,
-        "chaos",
-        lambda page, document: sizing_page.render(page, document, sizing_page.AVAILABILITY_PARTS),
+    *(
+        _part(
+            sizing_page.AVAILABILITY,
+            name,
+            lambda page, document: sizing_page.render(page, document, sizing_page.AVAILABILITY_PARTS),
+        )
+        for name in sizing_page.AVAILABILITY_PARTS
     ),
 )
 # What a page does not show is in the lab notes.

@@ -275,9 +275,21 @@ NATS waits before it elects another one, and a cycle of the tiny base is shorter
 """
 
 
+def _seeds(document: Document) -> str:
+    found, machine = document["figures"], document["machine"]
+    wrong = (
+        f"in {len(found['wrong'])} of them: seeds {', '.join(found['wrong'])}" if found["wrong"] else "in none of them"
+    )
+    return f"""
+`bench.simulate`: {count(found["next"], "simulated storm")} with {found["faults"]:,} faults, {found["kills"]:,} of them kills,
+over {found["virtual_s"] / 3600:,.0f} virtual hours, in {found["cpu_s"] / 60:.0f} minutes of a core of an {machine["cpu"]}.
+Something was wrong {wrong}. The goal was 10,000. [Every number](../evidence/simulate.json).
+"""
+
+
 PARTS = {"starting": _starts, "control_plane": _cycles, "soak": _soak, "peers": _peers}
 COST_PARTS = {"control_plane": _month}
-AVAILABILITY_PARTS = {"chaos": _storms}
+AVAILABILITY_PARTS = {"chaos": _storms, "simulate": _seeds}
 PAGES = ((PAGE, PARTS), (COSTS, COST_PARTS), (AVAILABILITY, AVAILABILITY_PARTS))
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 
 from tests.sim.checks import trace, wrong_with
@@ -26,3 +29,13 @@ def test_the_same_seed_is_the_same_run(seed: int) -> None:
         traces.append((trace(world), world.faults, world.kills, world.loop.now))
         forget(world)
     assert traces[0] == traces[1]
+
+
+def test_processes_that_were_killed_leave_no_file_open() -> None:
+    """A thousand storms in one process would run out of them."""
+    opened = []
+    for seed in (3, 8, 3):
+        forget(carry_out(seed, storm_of(seed)))
+        gc.collect()
+        opened.append(len([*Path("/proc/self/fd").iterdir()]))
+    assert opened[0] == opened[1] == opened[2]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +57,8 @@ class Deaths:
         self._path, self._statistics = path, statistics
         self._under_way: dict[str, int] = {}
         self._deaths: dict[str, Death] = {}
-        self._crash: int | None = None
+        # Closed with these notes at the latest: a process that keeps running must not run out of files.
+        self._close: list[Callable[[], object]] = []
         self._notes: int | None = None
         self._length = 0
         if path is not None:
@@ -76,11 +79,15 @@ class Deaths:
             for action, killed in noted["under_way"].items():
                 self._died(action, words or ("the kernel was out of memory" if self._killed() > killed else ""))
         # Kept open: the interpreter writes there when nothing else works any more.
-        self._crash = os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        faulthandler.enable(self._crash, all_threads=False)
+        faulthandler.enable(self._open(crash, os.O_TRUNC), all_threads=False)
         self._length = max(ROOM, path.stat().st_size if path.exists() else 0)
-        self._notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._notes = self._open(path)
         self._write()
+
+    def _open(self, path: Path, more: int = 0) -> int:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | more, 0o600)
+        self._close.append(weakref.finalize(self, os.close, descriptor))
+        return descriptor
 
     def _died(self, action: str, cause: str) -> None:
         death = self._deaths.setdefault(action, Death())
@@ -111,13 +118,11 @@ class Deaths:
         self._under_way.clear()
         self._deaths.clear()
         self._write()
-        if self._crash is not None:
+        if self._close:
             faulthandler.disable()
-            os.close(self._crash)
-            self._crash = None
-        if self._notes is not None:
-            os.close(self._notes)
             self._notes = None
+        for close in self._close:
+            close()
 
     def _write(self) -> None:
         """Write without waiting for the disk: a process may end here, and after a power cut nobody is to blame.

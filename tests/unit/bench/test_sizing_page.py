@@ -24,6 +24,10 @@ def test_the_page_of_costs_is_too() -> None:
 
 
 def test_the_page_of_storms_is_too() -> None:
+    document = json.loads((COPIES / "simulate.json").read_text())
+    assert AVAILABILITY.read_text() == render(AVAILABILITY.read_text(), document, AVAILABILITY_PARTS)
+    document["figures"]["wrong"] = {"17": ["a reveal without an answer"]}
+    assert "wrong in 1 of them: seeds 17" in render(AVAILABILITY.read_text(), document, AVAILABILITY_PARTS)
     document = json.loads((COPIES / "chaos.json").read_text())
     assert AVAILABILITY.read_text() == render(AVAILABILITY.read_text(), document, AVAILABILITY_PARTS)
     document["storms"]["p99_s"] = 4713.0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,6 +79,19 @@ def test_the_next_process_knows_what_the_one_before_died_of(
     after.begin("r/1/train")
     after.end("r/1/train")
     assert Deaths(path, statistics).of("r/1/train") is None, "whoever gets through is no suspect"
+
+
+def test_notes_that_nobody_holds_close_their_files(tmp_path: Path, statistics: Path) -> None:
+    def held() -> list[str]:
+        opened = Path("/proc/self/fd").iterdir()
+        return [path for path in map(os.path.realpath, opened) if "notes" in path]
+
+    deaths = Deaths(tmp_path / "notes.doing", statistics)
+    assert len(held()) == 2
+    del deaths
+    gc.collect()
+    assert held() == []
+    faulthandler.disable()
 
 
 def test_deaths_add_up_over_processes_and_a_crash_is_not_counted_twice(tmp_path: Path, statistics: Path) -> None:
