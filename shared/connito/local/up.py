@@ -172,16 +172,18 @@ class _Up:
 
     async def _run_job(self, installation: Installation, chosen: Profile, memory: PeakMemory) -> dict[str, Any]:
         from connito.local.materials import prepare, upload
-        from connito.local.patience import patiently
+        from connito.local.patience import SERVERS, patiently
 
         display = self.display
         await installation.start(installation.services())
         preparing = partial(prepare, installation, self.options, chosen, display)
         materials = await patiently("preparing the run", preparing, display.say)
         self._lap("materials")
-        run = await self._choose_run(installation)
+        # The supervisor starts a server that has ended again, or says that it cannot.
+        choosing = partial(self._choose_run, installation)
+        run = await patiently("reading the log", choosing, display.say, SERVERS)
         uploading = partial(upload, installation, materials, chosen, run, display)
-        spec = await patiently("putting the base into the store", uploading, display.say)
+        spec = await patiently("putting the base into the store", uploading, display.say, SERVERS)
         self._lap("upload")
         installation.supervisor.needed = spec.windows.min_miners
         await installation.start([*installation.validators(), *installation.miners()])
@@ -198,7 +200,7 @@ class _Up:
             await end_tasks([collecting])
         self._lap("run")
         reporting = partial(self._report, installation, facts, materials, memory)
-        report = await patiently("the report of the run", reporting, display.say)
+        report = await patiently("the report of the run", reporting, display.say, SERVERS)
         await self._shelve(report)
         await installation.note(partial(begun.forget, self.data))
         await installation.publish(finished=True)

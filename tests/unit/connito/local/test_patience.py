@@ -45,6 +45,17 @@ async def test_room_is_waited_for_and_said_once(error: Exception, monkeypatch: p
     assert [line.startswith("this waits: ") for line in said] == [True]
 
 
+@pytest.mark.parametrize("server", ["store", "broker"])
+async def test_a_server_is_waited_for_where_it_is_started_again(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "AGAIN_SECONDS", 0.001)
+    error = Retry("the server is away", dependency=server)
+    said: list[str] = []
+    assert await patiently("this", failing(error, 5), said.append, patience.SERVERS) == "done"  # type: ignore[arg-type]
+    assert said == ["this waits: the server is away"]
+    with pytest.raises(Retry):
+        await patiently("this", failing(error, 1), said.append)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "error", [Invalid("wrong"), Retry("away"), FileNotFoundError(2, "No such file"), KeyError("x")]
 )
