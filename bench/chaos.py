@@ -60,7 +60,7 @@ OUTAGES = {"away store": ["weed"], "away broker": ["nats-server"], "away both": 
 # One kill after the other: seconds at most from the log going on until the next one.
 SINGLE, PAUSE = "single", 3.0
 # A command that ends so often although nobody ended it will not get better.
-MOST_ENDS = 5
+MOST_ENDS, NOT_ENDED = 5, "the run has not ended"
 Row = dict[str, Any]
 
 
@@ -220,7 +220,7 @@ async def carry_out(storm: Storm, every: float, faults: int, until: float) -> Ro
     if not storm.cluster:
         wrong = await judged(storm)
     if not storm.ended:
-        wrong.append(f"the run has not ended after {time.monotonic() - began:.0f} s")
+        wrong.append(f"{NOT_ENDED} after {time.monotonic() - began:.0f} s")
     spans = sorted(storm.opened.values())
     cycles, counts = len(spans) - 1, storm.faults.counts
     return {

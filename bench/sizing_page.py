@@ -16,6 +16,7 @@ from typing import Any
 
 from connito.render.formats import count
 
+from bench.chaos import MOST_ENDS, NOT_ENDED, SINGLE
 from bench.evidence import COPIES, ROOT, Document, paragraphs, table
 
 PAGE = ROOT / "docs/explanation/sizing.md"
@@ -256,15 +257,21 @@ def _storms(document: Document) -> str:
         for seed in sorted({row["seed"] for row in rows if row["part"] == CLUSTER[1]})
         if (of := {row["part"]: row for row in rows if row["seed"] == seed})
     ]
-    wrong = sum(bool(row["wrong"]) for row in rows)
-    waits = sorted(wait for row in rows if row["part"] == "storm" for wait in row["waits"])
+    unended = [row for row in rows if not row["ended"]]
+    wrong = sum(any(not text.startswith(NOT_ENDED) for text in row["wrong"]) for row in rows)
+    alone = [row for row in rows if row["part"] == SINGLE]
+    waits = sorted(wait for row in alone for wait in row["waits"])
+    slowest = max(slow for row in alone for slow in row["slowest"])
     return f"""
 `bench.chaos` on {machine["cores"]} cores of an {machine["cpu"]}{note and ", "}{note}: `connito up` on the tiny base.
-{count(found["runs"], "storm")} of {found["cycles"]} cycles held {count(found["faults"], "fault")} ({kinds}). {found["ended"]} of
-them ended their run; something was lost, doubled or different by the audit in {wrong or "none"}. After a kill the log went on
-after {found["median_s"]:.1f} s in the median, {found["p99_s"]:.1f} s at the 99th percentile and {waits[-1]:.0f} s at most.
-`connito up` gave up {count(found["commands_that_ended"], "time")}, because a process had been killed many times within a
-minute, and was started again.
+{count(found["runs"], "storm")} of {found["cycles"]} cycles held {count(found["faults"], "fault")} ({kinds}), one every second and
+a half. Something was lost, done twice or different by the audit in {wrong or "none"}. {found["ended"]} of them ended their run.
+`connito up` gave up {count(found["commands_that_ended"], "time")} and was started again; after {MOST_ENDS} times within a run it
+was not, which leaves {count(len(unended), "run")} open. It gives up on a process that is killed six times within half a minute.
+
+One process was killed after the other, any of them, {count(len(waits), "time")}, each within three seconds of the log having gone
+on. It went on after {waits[len(waits) // 2]:.1f} s in the median, {waits[int(0.99 * len(waits))]:.1f} s at the 99th percentile
+and {slowest[0]:.1f} s at most, when `{slowest[1]}` was killed. The goals were one second and five.
 
 Three nodes with three copies of every stream, and one of them killed every {document["settings"]["node_every"]:.0f} s:
 
