@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connito.audit import chain
+from connito.audit import chain, history
 from connito.audit.audit import Audit, Options, against, audit, pure
 from connito.audit.recompute import Recomputation, draws, merge
 from connito.data.codecs.file import codec, read_coded
@@ -194,6 +194,19 @@ async def test_a_message_that_was_changed_and_signed_again_is_found_by_what_foll
     assert found.first is not None
     assert check in {difference.check for difference in found.differences}
     assert "signatures" not in {difference.check for difference in found.differences}
+
+
+async def test_a_broker_whose_clock_was_set_back_wrote_nothing_too_early(world: World) -> None:
+    """Streams tell: what lies behind in one was written later. Where none of them knows of another clock, times count."""
+    untouched, back = list(world.records), world.find("submit.2.closed")
+    for number, record in enumerate(untouched[back:], back):
+        world.records[number] = dataclasses.replace(record, time_unix_ms=record.time_unix_ms - 1_800_000)
+    assert not history.windows(world.evidence(), 2).differences
+    world.records, late = untouched, world.find("train.2.closed")
+    record = world.records[late]
+    world.records[late] = dataclasses.replace(record, time_unix_ms=record.time_unix_ms + 1_800_000)
+    found = [difference.what for difference in history.windows(world.evidence(), 2).differences]
+    assert "was written before what it follows" in found
 
 
 async def test_another_state_is_found_by_merging_again(world: World, tmp_path: Path) -> None:
