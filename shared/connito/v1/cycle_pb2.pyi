@@ -861,15 +861,10 @@ class SeedCommitted(_message.Message):
     CYCLE_FIELD_NUMBER: _builtins.int
     VALIDATOR_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    ANCHORS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     cycle: _builtins.int
     validator: _builtins.str
     digest: _builtins.bytes
-    @_builtins.property
-    def anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___WindowAnchor]:
-        """The log as this validator has read it: of the run's own messages, and of each window of the cycle before."""
-
     def __init__(
         self,
         *,
@@ -877,42 +872,14 @@ class SeedCommitted(_message.Message):
         cycle: _builtins.int = ...,
         validator: _builtins.str = ...,
         digest: _builtins.bytes = ...,
-        anchors: _abc.Iterable[Global___WindowAnchor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anchors", b"anchors", "cycle", b"cycle", "digest", b"digest", "run", b"run", "validator", b"validator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle", b"cycle", "digest", b"digest", "run", b"run", "validator", b"validator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SeedCommitted: _TypeAlias = SeedCommitted  # noqa: Y015
-
-@_typing.final
-class WindowAnchor(_message.Message):
-    """The hash chain of one window up to a message (`connito.chain`)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WINDOW_FIELD_NUMBER: _builtins.int
-    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
-    HEAD_FIELD_NUMBER: _builtins.int
-    window: _builtins.str
-    last_sequence: _builtins.int
-    head: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        window: _builtins.str = ...,
-        last_sequence: _builtins.int = ...,
-        head: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "last_sequence", b"last_sequence", "window", b"window"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WindowAnchor: _TypeAlias = WindowAnchor  # noqa: Y015
 
 @_typing.final
 class SeedRevealed(_message.Message):
