@@ -23,6 +23,11 @@ NOISE_SECONDS = 2.0
 # From here on a refusal may be due to the clock.
 SKEW_SECONDS = 60.0
 
+# Until there is a connection, and until there is an answer: as long as a slow store takes for a large object.
+CONNECT_SECONDS, READ_SECONDS = 3.0, 60.0
+# A request with at most so many bytes is asked again after so long.
+SMALL_BYTES, SOON_SECONDS = 1 << 20, 2.0
+
 
 class StoreClock:
     """The store's time: by `steady`, a clock that nobody sets, as the store last told it; before, what `wall` says."""
@@ -46,7 +51,10 @@ class StoreClock:
 
 
 class _Pool(urllib3.PoolManager):
-    """Connections that listen for the time."""
+    """Connections that listen for the time, and ask a second time where a small request is not answered soon.
+
+    SeaweedFS holds what reaches it in the first moment after its start for 13 s, and answers the same at once a moment later.
+    """
 
     def __init__(self, clock: StoreClock, **options: Any) -> None:
         super().__init__(**options)
@@ -54,7 +62,16 @@ class _Pool(urllib3.PoolManager):
 
     def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
         """Send a request and note the time that the answer tells."""
-        response = super().urlopen(method, url, redirect, **kw)
+        body = kw.get("body") or b""
+        # A second one of these does no harm.
+        small = method in ("HEAD", "PUT") and isinstance(body, bytes) and len(body) <= SMALL_BYTES
+        soon = {"timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=SOON_SECONDS)} if small else {}
+        try:
+            response = super().urlopen(method, url, redirect, **(kw | soon))
+        except urllib3.exceptions.HTTPError as error:
+            if not (small and isinstance(getattr(error, "reason", error), urllib3.exceptions.ReadTimeoutError)):
+                raise
+            response = super().urlopen(method, url, redirect, **kw)
         self._clock.hear(response.headers.get("Date", ""))
         return response
 
@@ -65,7 +82,10 @@ class Client(Minio):  # type: ignore[misc]
     def __init__(self, endpoint: str, clock: StoreClock, *, credentials: Provider, secure: bool, region: str) -> None:
         self.clock = clock
         self._pool = _Pool(
-            clock, maxsize=8, timeout=urllib3.Timeout(connect=3, read=60), retries=urllib3.Retry(total=0, redirect=0)
+            clock,
+            maxsize=8,
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+            retries=urllib3.Retry(total=0, redirect=0),
         )
         super().__init__(endpoint, credentials=credentials, secure=secure, region=region, http_client=self._pool)
 
