@@ -28,13 +28,14 @@ from connito.errors import Retry
 from connito.files import write_durably
 from connito.platform.servers import NatsServer
 from connito.protocol.findings import PROTOCOL_VERSION
-from connito.v1 import cycle_pb2, run_pb2
+from connito.v1 import cycle_pb2, run_pb2, services_pb2
 from connito.v1.artifacts_pb2 import ArtifactRef
 from connito.wire import subjects
 from connito.wire.checkpoint import Checkpoint
 from connito.wire.envelope import seal
 from connito.wire.identity import Identity
 from connito.wire.roster import Roster
+from connito.wire.verification import ENROL_SUBJECT
 from google.protobuf.message import Message
 
 from bench.harness import Options, Result, main, note
@@ -81,7 +82,9 @@ def beginning(cast: Cast, cycles: int) -> Iterator[Said]:
     selected = run_pb2.SelectionMade(run=RUN, initial_state=ArtifactRef(digest=f"{0:064x}", size=10))
     yield cast.say("run", 0, "selected", selected, cast.services["selector"])
     for miner in cast.miners:
-        yield cast.say("run", 0, "miner", run_pb2.MinerEnrolled(run=RUN, miner=miner.public), coordinator, miner.public)
+        order = seal(miner, ENROL_SUBJECT, services_pb2.EnrolMinerCommand(run=RUN))
+        enrolled = run_pb2.MinerEnrolled(run=RUN, miner=miner.public, order=order)
+        yield cast.say("run", 0, "miner", enrolled, coordinator, miner.public)
     for one in cast.validators:
         joined = run_pb2.ValidatorJoined(run=RUN, validator=one.public)
         yield cast.say("run", 0, "validator", joined, one, one.public)

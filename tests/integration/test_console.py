@@ -25,12 +25,14 @@ from tests.integration.conftest import BusFactory
 from tests.integration.test_selector import store_env
 from tests.integration.witness import ServiceProcess
 from tests.support.desk import desk
+from tests.support.run import enrolment
 from tests.support.waiting import PATIENCE, declared
 
 pytestmark = pytest.mark.integration
 
 TOKEN = "a-token-for-this-test"
-MINER = "UMINER"
+SELF = Identity.generate()
+MINER = SELF.public
 
 
 class Console(ServiceProcess):
@@ -94,7 +96,7 @@ async def one_cycle(buses: dict[str, Bus], run: str) -> None:
     report = cycle_pb2.ScoreReport(run=run, cycle=1, validator=validator, scores=[score])
     for role, section, cycle, kind, message, who in (
         ("selector", "run", 0, "selected", selection, ""),
-        ("coordinator", "run", 0, "miner", run_pb2.MinerEnrolled(run=run, miner=MINER, label="mallory"), MINER),
+        ("coordinator", "run", 0, "miner", enrolment(run, SELF, "mallory"), MINER),
         ("coordinator", "train", 1, "opened", cycle_pb2.WindowOpened(run=run, cycle=1, expected=[MINER]), ""),
         ("validator", "validate", 1, "report", report, validator),
         ("aggregator", "merge", 1, "scored", cycle_pb2.CycleScored(run=run, cycle=1, verdicts=[verdict]), ""),

@@ -11,6 +11,7 @@ from connito.wire.roster import Roster
 
 from tests.integration.conftest import BusFactory
 from tests.integration.test_coordinator import spec
+from tests.support.run import enrolment
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +42,7 @@ async def test_miners_that_trained_are_here(
     publish = buses["coordinator"].publish_fact
     full = complete(spec(run_id, min_validators=2), identities["customer"].public)
     await publish(run_id, "run", 0, "created", run_pb2.RunCreated(spec=full))
-    await publish(run_id, "run", 0, "miner", run_pb2.MinerEnrolled(run=run_id, miner=miner), miner)
+    await publish(run_id, "run", 0, "miner", enrolment(run_id, identities["miner"]), miner)
     joined = run_pb2.ValidatorJoined(run=run_id, validator=validator)
     await buses["validator"].publish_fact(run_id, "run", 0, "validator", joined, validator)
     selected = run_pb2.SelectionMade(run=run_id, initial_state=full.base.manifest)
