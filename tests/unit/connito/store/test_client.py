@@ -15,7 +15,7 @@ from minio.credentials import StaticProvider
 
 
 class Holding(BaseHTTPRequestHandler):
-    """Holds the first request until the test is over, and answers the others."""
+    """Holds the first request until the test is over, or breaks it off, and answers the others."""
 
     seen: list[tuple[str, int]]
     over: threading.Event
@@ -25,7 +25,7 @@ class Holding(BaseHTTPRequestHandler):
         self.rfile.read(length)
         self.seen.append((self.command, length))
         if len(self.seen) == 1:
-            self.over.wait(60)
+            self.over.wait(20)
             return
         self.send_response(200)
         self.send_header("ETag", '"e"')
@@ -38,10 +38,12 @@ class Holding(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Client, list[tuple[str, int]]]]:
+@pytest.fixture(params=[1000.0])
+def seen(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Client, list[tuple[str, int]]]]:
     monkeypatch.setattr(client, "SOON_SECONDS", 0.2)
-    monkeypatch.setattr(client, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(client, "READ_SECONDS", request.param)
     requests, over = list[tuple[str, int]](), threading.Event()
     kind = type("Kind", (Holding,), {"seen": requests, "over": over})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
@@ -74,6 +76,7 @@ def test_an_object_is_looked_for_again(seen: tuple[Client, list[tuple[str, int]]
     assert requests == [("HEAD", 0)] * 2
 
 
+@pytest.mark.parametrize("seen", [1.0], indirect=True)
 def test_a_large_object_and_one_that_is_read_are_waited_for(seen: tuple[Client, list[tuple[str, int]]]) -> None:
     made, requests = seen
     size = SMALL_BYTES + 1
