@@ -675,7 +675,8 @@ async def test_who_asks_without_end_delays_nobody_for_long(boundary: Boundary) -
         slowest = max(slowest, time.monotonic() - began)
     for task in asking:
         task.cancel()
-    assert slowest < 0.5
+    # 2 to 9 s before there was a desk. How soon it is on a quiet machine is what `bench.floods` says.
+    assert slowest < 2.0
 
 
 async def test_a_question_names_no_more_subjects_than_an_honest_one(boundary: Boundary) -> None:
