@@ -76,11 +76,10 @@ async def test_kept_for_longer_than_its_ttl(
         assert lease.revision == token
 
 
-async def test_taken_over_after_sigkill(
-    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
-) -> None:
+async def of_one_that_was_killed(server: NatsServer) -> int:
+    """Return the token of a process that took the lease and was killed with it."""
     holder = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", HOLDER, own_nats.url, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", HOLDER, server.url, stdout=asyncio.subprocess.PIPE
     )
     try:
         assert holder.stdout is not None
@@ -88,6 +87,13 @@ async def test_taken_over_after_sigkill(
     finally:
         holder.kill()
         await holder.wait()
+    return token
+
+
+async def test_taken_over_after_sigkill(
+    own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
+) -> None:
+    token = await of_one_that_was_killed(own_nats)
     began = time.monotonic()
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     async with asyncio.timeout(5 * TTL), Lease(bus, "leader", TTL) as lease:
@@ -100,15 +106,7 @@ async def test_taken_over_from_one_that_died_before_the_broker_s_clock_was_set(
     step: int, own_nats: NatsServer, bus_factory: BusFactory, identities: dict[str, Identity]
 ) -> None:
     """Set back, the broker would keep the entry of the dead for half an hour, and the platform without a leader."""
-    holder = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", HOLDER, own_nats.url, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        assert holder.stdout is not None
-        token = int(await holder.stdout.readline())
-    finally:
-        holder.kill()
-        await holder.wait()
+    token = await of_one_that_was_killed(own_nats)
     set_clock(own_nats.pid, step)
     bus = await bus_factory(identities["coordinator"], own_nats.url)
     async with asyncio.timeout(10 * TTL), Lease(bus, "leader", TTL) as lease:
